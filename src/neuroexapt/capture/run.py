@@ -1,0 +1,372 @@
+"""Run a model under observation: on fake tensors, or on copies of the real ones.
+
+The run changes nothing that outlives it: parameters and buffers are replaced by stand-ins
+through :func:`torch.func.functional_call`, training flags, random states and the attention
+fast-path switch are put back, and the hooks that follow the module calls are global ones
+that are removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neuroexapt.capture.trace import Call, ModuleRun, Source, TensorRef, Trace
+from neuroexapt.errors import CaptureError
+
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent.parent)
+# Ids are unique over all runs of a process, so that refs of two runs never meet.
+_SERIALS = itertools.count()
+
+
+class RunFailure(Exception):
+    """The forward raised; carries what was recorded until then and where it stood."""
+
+    def __init__(self, cause: Exception, calls: tuple[Call, ...], module: str) -> None:
+        super().__init__(f"{type(cause).__name__}: {cause}")
+        self.cause = cause
+        self.calls = calls
+        self.module = module
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A Python attribute of a module, by path and name."""
+
+    module: str
+    name: str
+
+
+@dataclass
+class _Tape:
+    """Everything one run writes down."""
+
+    calls: list[Call] = field(default_factory=list)
+    runs: list[ModuleRun] = field(default_factory=list)
+    stack: list[str] = field(default_factory=list)
+    failed_in: str | None = None
+    _known: dict[int, TensorRef] = field(default_factory=dict)
+    # A tensor that dies could hand its id to a later one, so all are kept until the end.
+    _alive: list[Tensor] = field(default_factory=list)
+
+    def ref(self, tensor: Tensor) -> TensorRef:
+        """The ref of this tensor; a tensor whose shape changed in place becomes a new one."""
+        known = self._known.get(id(tensor))
+        shape = tuple(int(size) for size in tensor.shape)
+        if known is not None and known.shape == shape:
+            return known
+        ref = TensorRef(next(_SERIALS), shape, tensor.dtype)
+        self._known[id(tensor)] = ref
+        self._alive.append(tensor)
+        return ref
+
+    def alias(self, tensor: Tensor, ref: TensorRef) -> None:
+        """Let another tensor object stand for a ref (a parameter held outside the module dict)."""
+        self._known[id(tensor)] = ref
+        self._alive.append(tensor)
+
+    def refs(self, value: Any) -> tuple[TensorRef, ...]:
+        return tuple(self.ref(leaf) for leaf in opened(value) if isinstance(leaf, Tensor))
+
+    def seal(self, value: Any) -> Any:
+        """The value with each tensor replaced by its ref."""
+        return pytree.tree_map_only(Tensor, self.ref, value)
+
+    @property
+    def module(self) -> str:
+        return self.stack[-1] if self.stack else ""
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, tape: _Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # Sealed before the call: an in-place operator may change an argument's shape.
+        sealed_args, sealed_kwargs = self.tape.seal(args), self.tape.seal(kwargs)
+        result = func(*args, **kwargs)
+        outputs = self.tape.refs(result)
+        if outputs:
+            namespace, name = func._schema.name.split("::")
+            self.tape.calls.append(
+                Call(
+                    op=f"{namespace}.{name}",
+                    overload=func._overloadname,
+                    args=tuple(sealed_args),
+                    kwargs=sealed_kwargs,
+                    outputs=outputs,
+                    module=self.tape.module,
+                    source=_user_line(),
+                    pointwise=torch.Tag.pointwise in func.tags,
+                )
+            )
+        return result
+
+
+def opened(value: Any) -> list[Any]:
+    """Leaves of nested containers; dataclasses and objects with a ``__dict__`` are opened too."""
+    leaves: list[Any] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__") or isinstance(leaf, type):
+            leaves.append(leaf)
+        elif not isinstance(leaf, nn.Module) and not callable(leaf):
+            leaves.extend(pytree.tree_leaves(list(vars(leaf).values())))
+    return leaves
+
+
+def _user_line() -> Source | None:
+    """The innermost line that is neither torch's nor ours; None when we called the model."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_OURS) and not file.startswith(str(Path(_OURS, "capture"))):
+            return None
+        if not file.startswith((_TORCH, _OURS, "<")) and file != contextlib.__file__:
+            return Source(file, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+@contextlib.contextmanager
+def _follow_modules(model: nn.Module, tape: _Tape) -> Iterator[None]:
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        tape.stack.append(paths.get(id(module), tape.module))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        path = tape.stack.pop()
+        # An `always_call` hook also runs while an exception unwinds; the output is then None.
+        if output is None and tape.failed_in is None:
+            tape.failed_in = path
+        if id(module) in paths:
+            tape.runs.append(ModuleRun(path, tape.refs(args), tape.refs(output)))
+
+    handles = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cpu_fork() -> contextlib.AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=())
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module, training: bool) -> Iterator[None]:
+    """Set every training flag; put flags, random states and the attention switch back."""
+    flags = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ()
+    accelerator = torch.accelerator.current_accelerator()
+    kind = accelerator.type if accelerator is not None else "cpu"
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # Fake tensors log each operator that fails, with its stack; our caller gets the exception.
+    silent = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled = silent.disabled
+    try:
+        silent.disabled = True
+        # The fused inference kernel of nn.MultiheadAttention hides the projections inside it.
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module, _ in flags:
+            module.training = training
+        with torch.random.fork_rng(devices, device_type=kind) if devices else _cpu_fork():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+        silent.disabled = disabled
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def attributes_set(model: nn.Module, values: Mapping[Attribute, Any]) -> Iterator[None]:
+    """Set module attributes for the duration of the block; put the old ones back."""
+    old = {key: getattr(model.get_submodule(key.module), key.name) for key in values}
+    try:
+        for key, value in values.items():
+            setattr(model.get_submodule(key.module), key.name, value)
+        yield
+    finally:
+        for key, value in old.items():
+            setattr(model.get_submodule(key.module), key.name, value)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under every name they have; tied tensors appear several times."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A copy of the given shape: old values where they fit, zeros elsewhere."""
+    if tuple(tensor.shape) == tuple(shape):
+        return tensor.detach().clone()
+    new = tensor.detach().new_zeros(tuple(shape))
+    common = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
+    new[common] = tensor.detach()[common]
+    return new
+
+
+def _fake_like(tensor: Tensor, shape: Sequence[int] | None) -> Tensor:
+    if shape is None or tuple(shape) == tuple(tensor.shape):
+        strides = tensor.stride() if tensor.layout == torch.strided else None
+        if strides is not None:
+            return torch.empty_strided(
+                tuple(tensor.shape), strides, dtype=tensor.dtype, device=tensor.device
+            )
+    return torch.empty(tuple(shape or tensor.shape), dtype=tensor.dtype, device=tensor.device)
+
+
+def _stand_ins(
+    model: nn.Module, shapes: Mapping[str, Sequence[int]], fake: bool
+) -> dict[str, Tensor]:
+    made: dict[int, Tensor] = {}
+    result = {}
+    for name, tensor in named_tensors(model).items():
+        if id(tensor) not in made:
+            shape = shapes.get(name)
+            if fake:
+                made[id(tensor)] = _fake_like(tensor, shape)
+            else:
+                made[id(tensor)] = _resized(tensor, tensor.shape if shape is None else shape)
+        result[name] = made[id(tensor)]
+    return result
+
+
+def _run(
+    model: nn.Module,
+    example: tuple[tuple[Any, ...], Mapping[str, Any]],
+    shapes: Mapping[str, Sequence[int]],
+    training: bool,
+    fake: bool,
+) -> Trace:
+    tape = _Tape()
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+    with restored(model, training), torch.no_grad(), mode:
+        stand_ins = _stand_ins(model, shapes, fake)
+        refs = {name: tape.ref(tensor) for name, tensor in stand_ins.items()}
+        for name, tensor in named_tensors(model).items():
+            if refs[name].shape == tuple(tensor.shape):
+                tape.alias(tensor, refs[name])
+        make = _fake_like if fake else _resized
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: make(t, t.shape), example)
+        inputs = tape.refs((args, kwargs))
+        try:
+            with _follow_modules(model, tape), _Recorder(tape):
+                result = functional_call(model, stand_ins, args, dict(kwargs), strict=False)
+        except Exception as cause:
+            raise RunFailure(cause, tuple(tape.calls), tape.failed_in or "") from cause
+        outputs = tape.refs(result)
+    return Trace(
+        tuple(tape.calls), refs, inputs, outputs, tuple(tape.runs), training=training, fake=fake
+    )
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    attributes: Mapping[Attribute, Any] | None = None,
+    training: bool = False,
+) -> Trace:
+    """Run ``model(*args, **kwargs)`` once and return every operator call.
+
+    Runs on fake tensors (no memory, no weights read); where these refuse, on copies of the
+    real ones. The model, its buffers, gradients, flags and all random states are as before.
+
+    Args:
+        model: any module; nothing of it is rewritten.
+        args: positional example input.
+        kwargs: keyword example input.
+        shapes: parameters or buffers that the run shall see with another shape.
+        attributes: module attributes to hold for the duration of the run.
+        training: run with every module in training mode, else all in evaluation mode.
+
+    Raises:
+        RunFailure: the forward raised, on fake and on real tensors.
+
+    Example:
+        >>> trace = capture(nn.Linear(3, 2), (torch.zeros(4, 3),))
+        >>> [call.op for call in trace.calls], trace.outputs[0].shape
+        (['aten.t', 'aten.addmm'], (4, 2))
+    """
+    example = (tuple(args), dict(kwargs or {}))
+    with attributes_set(model, attributes or {}):
+        try:
+            return _run(model, example, shapes or {}, training, fake=True)
+        except RunFailure as failure:
+            if any(tensor.is_meta for tensor in named_tensors(model).values()):
+                raise
+            try:
+                return _run(model, example, shapes or {}, training, fake=False)
+            except RunFailure:
+                raise failure from None
+
+
+def capture_both(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> tuple[Trace, ...]:
+    """The run in evaluation mode and the run in training mode, those that go through.
+
+    A model may take other paths while it trains (auxiliary heads), so both are needed; one
+    that runs in only one of them (batch normalisation refuses a batch of one value per
+    channel in training mode) is still understood from the other.
+
+    Raises:
+        CaptureError: neither run went through.
+    """
+    traces: list[Trace] = []
+    failures: list[RunFailure] = []
+    for training in (False, True):
+        try:
+            traces.append(capture(model, args, kwargs, training=training))
+        except RunFailure as failure:
+            failures.append(failure)
+    if not traces:
+        raise _explain(model, args, failures[0]) from failures[0].cause
+    return tuple(traces)
+
+
+def _explain(model: nn.Module, args: tuple[Any, ...], failure: RunFailure) -> CaptureError:
+    shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+    where = f"module '{failure.module}'" if failure.module else type(model).__name__
+    return CaptureError(
+        where,
+        seen=f"{failure} on example input of shapes {shapes}",
+        needed="a forward that runs on the example input",
+        next_step="call model(*args, **kwargs) yourself with the same input and fix what it "
+        "reports; the model is untouched",
+    )

@@ -1,0 +1,125 @@
+"""The frozen records of one run: tensors, operator calls, module calls."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor met during the run. Two refs are the same tensor exactly if their ids agree."""
+
+    id: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of the user's code.
+
+    Example:
+        >>> Source("model.py", 42).place
+        'model.py:42'
+    """
+
+    file: str
+    line: int
+
+    @property
+    def place(self) -> str:
+        """File name and line number, as an editor understands them."""
+        return f"{Path(self.file).name}:{self.line}"
+
+    @property
+    def code(self) -> str:
+        """The text of the line; empty when the file cannot be read."""
+        return linecache.getline(self.file, self.line).strip()
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.code}".rstrip()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ATen operator call.
+
+    ``args`` and ``kwargs`` are the call's own with every tensor replaced by its
+    :class:`TensorRef`; ``outputs`` are the tensors it returned, flat and in order.
+    ``op`` is the operator without its overload (``aten.add``), ``overload`` the rest.
+    """
+
+    op: str
+    overload: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[TensorRef, ...]
+    module: str
+    source: Source | None
+    pointwise: bool
+
+    @property
+    def inputs(self) -> tuple[TensorRef, ...]:
+        """Every tensor argument, in order, lists included."""
+        return tuple(refs_in((self.args, tuple(self.kwargs.values()))))
+
+    @property
+    def place(self) -> str:
+        """Where a reader should look: the source line, else the module path."""
+        return str(self.source) if self.source else (self.module or "the model itself")
+
+
+@dataclass(frozen=True)
+class ModuleRun:
+    """One call of a module: the tensors that went in and the tensors that came out."""
+
+    path: str
+    inputs: tuple[TensorRef, ...]
+    outputs: tuple[TensorRef, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward run.
+
+    Attributes:
+        calls: operator calls in order of execution.
+        tensors: parameter and buffer names to their refs; tied names share a ref.
+        inputs: the tensors of the example input.
+        outputs: the tensors the model returned.
+        runs: module calls in order of completion.
+        training: whether the modules were in training mode.
+        fake: whether the run used tensors without data.
+    """
+
+    calls: tuple[Call, ...]
+    tensors: Mapping[str, TensorRef]
+    inputs: tuple[TensorRef, ...]
+    outputs: tuple[TensorRef, ...]
+    runs: tuple[ModuleRun, ...]
+    training: bool
+    fake: bool
+
+
+def refs_in(value: Any) -> Iterator[TensorRef]:
+    """Every :class:`TensorRef` inside nested tuples, lists and dicts, in order.
+
+    Example:
+        >>> a, b = (TensorRef(i, (2,), torch.float32) for i in range(2))
+        >>> [ref.id for ref in refs_in((a, [3, {"x": b}]))]
+        [0, 1]
+    """
+    if isinstance(value, TensorRef):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from refs_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from refs_in(item)

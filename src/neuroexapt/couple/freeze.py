@@ -1,0 +1,215 @@
+"""Turn a settled draft into the frozen AxisMap: name the atoms, list their appearances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from neuroexapt.capture import TensorRef, Trace
+from neuroexapt.couple import axis as algebra
+from neuroexapt.couple.axis import Axis, find
+from neuroexapt.couple.axismap import (
+    Appearance,
+    Attribute,
+    AxisMap,
+    Mixer,
+    ModuleAxes,
+    Pinned,
+    Side,
+    Width,
+)
+from neuroexapt.couple.index import Expr, Leaf, Product, Sum
+from neuroexapt.couple.site import Bind, Draft, Label, Mark, Mix
+
+# Attributes that repeat a whole channel count say nothing that ".out" does not.
+_PLAIN = {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
+_RANK = {"producer": 0, "elementwise": 1, "consumer": 2}
+
+
+@dataclass
+class _Names:
+    """Atom to name; names are unique, and given in order of the parameters."""
+
+    of: dict[Axis, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+
+    def give(self, atom: Axis, wish: str) -> None:
+        name, number = wish, 1
+        while name in self.taken:
+            number += 1
+            name = f"{wish}.{number}"
+        self.of[atom] = name
+        self.taken.add(name)
+
+    def expr(self, axis: Axis) -> Expr:
+        axis = find(axis)
+        if axis.form == "atom":
+            return Leaf(self.of.get(axis, f"axis{axis.serial}"), axis.size)
+        parts = tuple(self.expr(part) for part in axis.parts)
+        return Product(parts) if axis.form == "product" else Sum(parts)
+
+
+def freeze(
+    draft: Draft, traces: tuple[Trace, ...], parameters: tuple[str, ...], notes: tuple[str, ...]
+) -> AxisMap:
+    """Name every atom of every parameter and write the map down."""
+    _pin_unused(draft, traces)
+    appearances = _appearances(draft)
+    _pin_idle(appearances)
+    names = _name(draft, appearances)
+    mixers = _mixers(draft)
+    widths, pinned = {}, {}
+    for atom, name in names.of.items():
+        where = tuple(appearances[atom])
+        if atom.pin:
+            pinned[name] = Pinned(name, atom.size, atom.pin, where)
+        else:
+            widths[name] = Width(name, atom.size, where, tuple(mixers.get(atom, ())))
+    return AxisMap(
+        widths=widths,
+        pinned=pinned,
+        unknown={op: tuple(paths) for op, paths in draft.unknown.items()},
+        tensors={n: tuple(map(names.expr, dims)) for n, dims in draft.parameters.items()},
+        attributes=tuple(
+            Attribute(b.module, b.attribute, tuple(map(names.expr, b.axes)), b.is_tuple)
+            for b in _distinct(draft.binds)
+        ),
+        modules=_modules(draft, traces, names),
+        traces=traces,
+        parameters=parameters,
+        notes=notes,
+    )
+
+
+def _distinct(binds: Iterable[Bind]) -> list[Bind]:
+    """One bind per attribute: both runs of a model report the same ones."""
+    return list({(bind.module, bind.attribute): bind for bind in reversed(list(binds))}.values())
+
+
+def _pin_unused(draft: Draft, traces: Iterable[Trace]) -> None:
+    used = {ref for trace in traces for call in trace.calls for ref in call.inputs}
+    for name, dims in draft.parameters.items():
+        if not any(trace.tensors[name] in used for trace in traces):
+            for axis in dims:
+                algebra.pin(axis, f"'{name}' is not used in this forward")
+
+
+def _pin_idle(appearances: Mapping[Axis, list[Appearance]]) -> None:
+    """A remainder that a slice leaves, say: no layer makes these positions or reads them."""
+    for atom, places in appearances.items():
+        if all(place.roles == {"elementwise"} for place in places):
+            algebra.pin(atom, "no layer produces it or reads it")
+
+
+def _appearances(draft: Draft) -> dict[Axis, list[Appearance]]:
+    """For each atom of a parameter its places, each with the roles it was seen in."""
+    told: dict[tuple[str, int, Axis], list[Mark]] = {}
+    for mark in draft.marks:
+        for atom in set(algebra.atoms(mark.axis)):
+            told.setdefault((mark.label.name, mark.label.dim, atom), []).append(mark)
+    found: dict[Axis, list[Appearance]] = {}
+    for name, dims in draft.parameters.items():
+        for dim, axis in enumerate(dims):
+            for atom in dict.fromkeys(algebra.atoms(axis)):
+                marks = told.get((name, dim, atom), [])
+                roles = frozenset(mark.role for mark in marks) or frozenset(["elementwise"])
+                fill = marks[0].fill if marks else "mean"
+                found.setdefault(atom, []).append(Appearance(name, dim, roles, fill))
+    return found
+
+
+def _name(draft: Draft, appearances: Mapping[Axis, list[Appearance]]) -> _Names:
+    names = _Names()
+    bound = {
+        find(bind.axes[0]): f"{bind.module}.{bind.attribute}".lstrip(".")
+        for bind in draft.binds
+        if bind.attribute not in _PLAIN
+        and len(bind.axes) == 1
+        and find(bind.axes[0]).form == "atom"
+    }
+    dots = {atom for mix in draft.mixes if mix.kind == "dot" for atom in algebra.atoms(mix.axis)}
+    for atom, places in appearances.items():
+        first = min(places, key=lambda place: _RANK[place.role])
+        owner = first.tensor.rpartition(".")[0]
+        whole = find(draft.parameters[first.tensor][first.dim]) is atom
+        if first.role != "producer":
+            wish = f"{owner}.in" if first.role == "consumer" else f"{first.tensor}.dim{first.dim}"
+        elif whole:
+            wish = f"{owner}.out"
+        elif atom in dots:
+            wish = f"{owner}.head_size"
+        else:
+            wish = bound.get(atom, f"{owner}.out")
+        names.give(atom, wish.lstrip("."))
+    return names
+
+
+def _mixers(draft: Draft) -> dict[Axis, list[Mixer]]:
+    found: dict[Axis, list[Mixer]] = {}
+    for mix in draft.mixes:
+        mixer = _mixer(draft, mix)
+        for atom in dict.fromkeys(algebra.atoms(mix.axis)):
+            if mixer not in found.setdefault(atom, []):
+                found[atom].append(mixer)
+    return found
+
+
+def _mixer(draft: Draft, mix: Mix) -> Mixer:
+    data = mix.data
+    if mix.kind == "dot":
+        sides = tuple(_sides(draft, data[name]) for name in ("left", "right"))
+        return Mixer(
+            mix.kind, mix.module, mix.place, sides=(sides[0], sides[1]), scale=data["scale"]
+        )
+    return Mixer(
+        mix.kind,
+        mix.module,
+        mix.place,
+        weight=data.get("weight") or frozenset(),
+        bias=data.get("bias") or frozenset(),
+        eps=float(data.get("eps", 0.0)),
+        eps_attribute=data.get("eps_attribute", ""),
+    )
+
+
+def _sides(draft: Draft, labels: Iterable[Label]) -> tuple[Side, ...]:
+    return tuple(
+        Side(label.name, label.dim, _picked_positions(draft, label))
+        for label in sorted(labels, key=lambda label: (label.name, label.dim))
+    )
+
+
+def _picked_positions(draft: Draft, label: Label) -> tuple[int, ...]:
+    """Positions of the parameter dimension that remain after the label's picks."""
+    whole = draft.parameters[label.name][label.dim]
+    kept = set(range(whole.size))
+    for axis, start, stop in label.picks:
+        kept &= _positions_on(whole, find(axis), start, stop)
+    return tuple(sorted(kept))
+
+
+def _positions_on(whole: Axis, axis: Axis, start: int, stop: int) -> set[int]:
+    """Positions of ``whole`` that lie on start..stop of a part; all if the part is not in it."""
+    whole = find(whole)
+    if whole is axis:
+        return set(range(start, stop))
+    if whole.form == "product":
+        step = whole.size
+        for factor in algebra.factors(whole):
+            step //= factor.size
+            if find(factor) is axis:
+                return {p for p in range(whole.size) if start <= p // step % axis.size < stop}
+    return set(range(whole.size))
+
+
+def _modules(draft: Draft, traces: Iterable[Trace], names: _Names) -> dict[str, ModuleAxes]:
+    found: dict[str, ModuleAxes] = {}
+
+    def exprs(refs: Iterable[TensorRef]) -> tuple[tuple[Expr, ...], ...]:
+        return tuple(tuple(map(names.expr, draft.dims[r])) for r in refs if r in draft.dims)
+
+    for trace in traces:
+        for run in trace.runs:
+            if run.path not in found:
+                found[run.path] = ModuleAxes(exprs(run.inputs), exprs(run.outputs))
+    return found

@@ -1,0 +1,81 @@
+"""From a model and an example input to its AxisMap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from neuroexapt.capture import Trace
+from neuroexapt.capture.run import capture_both
+from neuroexapt.couple.axismap import AxisMap
+from neuroexapt.couple.freeze import freeze
+from neuroexapt.couple.probe import Prober
+from neuroexapt.couple.site import Draft
+from neuroexapt.couple.solve import solve
+
+
+def map_axes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> AxisMap:
+    """Infer which tensor dimensions of a model must change together.
+
+    Runs the model on fake tensors (no memory, no weights read) in evaluation and in training
+    mode, couples the dimensions operator by operator, and then checks the result: a second
+    run with every free width resized must give every tensor exactly the predicted size. What
+    does not follow is pinned, with the line of code that holds it. The model, its buffers,
+    flags and the random state are as before.
+
+    Args:
+        model: any module; its forward is followed, not analysed.
+        args: positional example input; a batch of 2 or more lets batch norm train.
+        kwargs: keyword example input.
+
+    Raises:
+        CaptureError: the forward fails on the example input, in both modes.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
+        >>> axes = map_axes(net, (torch.zeros(2, 1, 8, 8),))
+        >>> for place in axes.widths["0.out"].appearances:
+        ...     print(place.tensor, place.dim, place.role)
+        0.weight 0 producer
+        0.bias 0 elementwise
+        1.weight 0 elementwise
+        1.bias 0 elementwise
+        1.running_mean 0 elementwise
+        1.running_var 0 elementwise
+        2.weight 1 consumer
+    """
+    example = (tuple(args), dict(kwargs or {}))
+    traces = capture_both(model, *example)
+    draft = Draft()
+    for trace in traces:
+        solve(model, trace, draft)
+    prober = Prober(model, example, traces, draft)
+    prober.settle()
+    _scales(prober)
+    parameters = tuple(name for name, _ in model.named_parameters())
+    return freeze(draft, traces, parameters, _notes(traces))
+
+
+def _notes(traces: tuple[Trace, ...]) -> tuple[str, ...]:
+    notes = []
+    if len(traces) == 1:
+        missing = "evaluation" if traces[0].training else "training"
+        notes.append(f"the forward did not run in {missing} mode on this example input")
+    if not all(trace.fake for trace in traces):
+        notes.append("fake tensors were refused by this model; real copies were used")
+    return tuple(notes)
+
+
+def _scales(prober: Prober) -> None:
+    """Find the dot products whose result is divided by the square root of the width."""
+    draft = prober.draft
+    moving = prober.scaled_modules()
+    for number, mix in enumerate(draft.mixes):
+        if mix.kind == "dot" and mix.data["scale"] == "free" and mix.module in moving:
+            draft.mixes[number] = replace(mix, data={**mix.data, "scale": "inverse_sqrt"})

@@ -1,0 +1,304 @@
+"""The last word on a map: run the model with every free width resized, and compare.
+
+Rules see operators, not the Python numbers that user code writes into them. So the model is
+run once more with all free widths grown, each by its own amount, and every operator's output
+must have exactly the size its axes predict. Where it has not, a module attribute that repeats
+the width is looked for (``self.heads``); if setting it makes the run go through, it is bound
+to the width, else the width is pinned with the line that holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from neuroexapt.capture import Call, RunFailure, Trace, capture
+from neuroexapt.capture.run import Attribute
+from neuroexapt.couple import axis as algebra
+from neuroexapt.couple.axis import Axis, find
+from neuroexapt.couple.site import Bind, Draft
+from neuroexapt.couple.solve import call_axes
+
+_STEPS = (1, 3, 2, 5, 4, 7, 6)  # neighbours grow by unlike amounts, so that a mix-up shows
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """The first operator of a resized run that did not do what its axes predict."""
+
+    trace: int
+    call: int
+    axes: tuple[Axis, ...]
+    detail: str
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return self.trace, self.call
+
+
+@dataclass
+class Prober:
+    """Finds and resolves conflicts until the resized run goes through."""
+
+    model: nn.Module
+    example: tuple[tuple[Any, ...], Mapping[str, Any]]
+    traces: tuple[Trace, ...]
+    draft: Draft
+    end: tuple[int, int] = (1 << 30, 0)
+
+    def settle(self) -> None:
+        """Bind attributes and pin widths until a run with all free widths resized agrees."""
+        while self.free_atoms():
+            conflict = self.first_conflict()
+            if conflict is None:
+                return
+            self._resolve(conflict)
+
+    def free_atoms(self) -> list[Axis]:
+        """The atoms that may change and live in a parameter, in order of appearance."""
+        found: dict[Axis, None] = {}
+        for dims in self.draft.parameters.values():
+            for axis in dims:
+                found.update((atom, None) for atom in algebra.atoms(axis) if not atom.pin)
+        return list(found)
+
+    def first_conflict(
+        self, held: Iterable[Axis] = (), binds: Sequence[Bind] = ()
+    ) -> Conflict | None:
+        """Resize every free atom but those held, run, and return the first disagreement."""
+        kept = set(held)
+        atoms = [atom for atom in self.free_atoms() if atom not in kept]
+        sizes = self._grown(atoms)
+        shapes = self._shapes(sizes)
+        values = attribute_values([*self.draft.binds, *binds], sizes)
+        for number, trace in enumerate(self.traces):
+            conflict = self._compare(number, trace, shapes, values, sizes)
+            if conflict is not None:
+                return conflict
+        return None
+
+    def scaled_modules(self) -> set[str]:
+        """Modules that multiply or divide by a number that follows a width."""
+        sizes = self._grown(self.free_atoms())
+        args, kwargs = self.example
+        trace = self.traces[0]
+        other = capture(
+            self.model,
+            args,
+            kwargs,
+            shapes=self._shapes(sizes),
+            attributes=attribute_values(self.draft.binds, sizes),
+            training=trace.training,
+        )
+        return {
+            call.module
+            for call, new in zip(trace.calls, other.calls, strict=True)
+            if call.op in ("aten.mul", "aten.div") and _number(call) != _number(new)
+        }
+
+    @staticmethod
+    def _grown(atoms: Sequence[Axis]) -> dict[Axis, int]:
+        return {atom: atom.size + _STEPS[i % len(_STEPS)] for i, atom in enumerate(atoms)}
+
+    def _shapes(self, sizes: Mapping[Axis, int]) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(predicted(axis, sizes) for axis in dims)
+            for name, dims in self.draft.parameters.items()
+        }
+
+    def _compare(
+        self,
+        number: int,
+        trace: Trace,
+        shapes: Mapping[str, tuple[int, ...]],
+        values: Mapping[Attribute, Any],
+        sizes: Mapping[Axis, int],
+    ) -> Conflict | None:
+        args, kwargs = self.example
+        try:
+            other = capture(
+                self.model, args, kwargs, shapes=shapes, attributes=values, training=trace.training
+            )
+            calls, failure = other.calls, ""
+        except RunFailure as stopped:
+            calls, failure = stopped.calls, str(stopped)
+        for index, (call, new) in enumerate(zip(trace.calls, calls, strict=False)):
+            if call.op != new.op or len(call.outputs) != len(new.outputs):
+                return self._blame(number, index, f"{new.op} took the place of {call.op}")
+            wrong = self._wrong_axes(call, new, sizes)
+            if wrong:
+                return Conflict(number, index, tuple(wrong), "another size came out")
+        if len(calls) != len(trace.calls) or failure:
+            last = min(len(calls), len(trace.calls) - 1)
+            return self._blame(number, last, failure or "another number of operators ran")
+        return None
+
+    def _wrong_axes(self, call: Call, new: Call, sizes: Mapping[Axis, int]) -> list[Axis]:
+        wrong = []
+        for ref, got in zip(call.outputs, new.outputs, strict=True):
+            dims = self.draft.dims[ref]
+            if len(got.shape) != len(dims):
+                return list(dims)
+            for axis, size in zip(dims, got.shape, strict=True):
+                if size != predicted(axis, sizes) and self._is_bound_to_parameters(axis):
+                    wrong.append(axis)
+        return wrong
+
+    def _is_bound_to_parameters(self, axis: Axis) -> bool:
+        """False for a size that user code computes and that no parameter or contract has."""
+        free = set(self.free_atoms())
+        return all(atom.pin or atom in free for atom in algebra.atoms(axis))
+
+    def _blame(self, number: int, index: int, detail: str) -> Conflict:
+        call = self.traces[number].calls[index]
+        return Conflict(number, index, tuple(call_axes(call, self.draft)), detail)
+
+    def _resolve(self, conflict: Conflict) -> None:
+        call = self.traces[conflict.trace].calls[conflict.call]
+        free = self.free_atoms()
+        seen = dict.fromkeys(a for axis in conflict.axes for a in algebra.atoms(axis))
+        suspects = [atom for atom in seen if atom in set(free)]
+        for bind in self._candidate_binds(call, conflict):
+            # The other suspects rest meanwhile: each may need an attribute of its own.
+            others = [a for a in suspects if a not in set(algebra.atoms(bind.axes[0]))]
+            if self._helps(conflict, held=others, binds=[bind]):
+                self._bind_alike(call, bind)
+                return
+        for culprit in self._culprits(conflict, suspects) or self._culprits(conflict, free) or free:
+            self._pin_alike(call, culprit, conflict.detail)
+
+    def _culprits(self, conflict: Conflict, atoms: list[Axis]) -> list[Axis]:
+        """A minimal part of these atoms that removes the conflict if held (delta debugging)."""
+        if not atoms or not self._helps(conflict, held=atoms):
+            return []
+        chunk = (len(atoms) + 1) // 2
+        while chunk:
+            start = 0
+            while start < len(atoms):
+                rest = atoms[:start] + atoms[start + chunk :]
+                if rest and self._helps(conflict, held=rest):
+                    atoms = rest
+                else:
+                    start += chunk
+            chunk //= 2
+        return atoms
+
+    def _helps(
+        self, conflict: Conflict, held: Sequence[Axis] = (), binds: Sequence[Bind] = ()
+    ) -> bool:
+        after = self.first_conflict(held, binds)
+        return (after.position if after else self.end) > conflict.position
+
+    def _candidate_binds(self, call: Call, conflict: Conflict) -> Iterator[Bind]:
+        """Attributes, from the calling module outwards, whose number equals a size in conflict."""
+        known = {(bind.module, bind.attribute) for bind in self.draft.binds}
+        axes = _sizes_in(conflict.axes, set(self.free_atoms()))
+        for path in _outwards(call.module):
+            for name, value in _integers(self.model.get_submodule(path)):
+                if (path, name) not in known:
+                    for axis in axes:
+                        if axis.size == value:
+                            yield Bind(path, name, (axis,))
+
+    def _bind_alike(self, call: Call, bind: Bind) -> None:
+        """Bind here, and in every module that runs the same line with the same number."""
+        self.draft.binds.append(bind)
+        kind = type(self.model.get_submodule(bind.module))
+        depth = call.module.count(".") - bind.module.count(".") if bind.module else None
+        place = self._place_in(call, bind.axes[0])
+        for other in self._same_line(call):
+            path = "" if depth is None else ".".join(other.module.split(".")[: -depth or None])
+            axis = self._at(other, place)
+            module = self.model.get_submodule(path)
+            known = any((b.module, b.attribute) == (path, bind.attribute) for b in self.draft.binds)
+            if axis is None or known or type(module) is not kind:
+                continue
+            if getattr(module, bind.attribute) == axis.size:
+                self.draft.binds.append(Bind(path, bind.attribute, (axis,)))
+
+    def _pin_alike(self, call: Call, suspect: Axis, detail: str) -> None:
+        """Pin here, and in every other run of the same line."""
+        place = self._place_in(call, suspect)
+        algebra.pin(suspect, _reason(call, detail))
+        for other in self._same_line(call):
+            axis = self._at(other, place)
+            if axis is not None:
+                algebra.pin(axis, _reason(other, detail))
+
+    def _same_line(self, call: Call) -> Iterator[Call]:
+        if call.source is not None:
+            for trace in self.traces:
+                for other in trace.calls:
+                    if (other.op, other.source) == (call.op, call.source):
+                        yield other
+
+    def _place_in(self, call: Call, axis: Axis) -> tuple[int, int] | None:
+        for number, candidate in enumerate(call_axes(call, self.draft)):
+            for depth, part in enumerate(_sizes_in([candidate], set(self.free_atoms()))):
+                if find(part) is find(axis):
+                    return number, depth
+        return None
+
+    def _at(self, call: Call, place: tuple[int, int] | None) -> Axis | None:
+        axes = call_axes(call, self.draft)
+        if place is None or place[0] >= len(axes):
+            return None
+        parts = _sizes_in([axes[place[0]]], set(self.free_atoms()))
+        return parts[place[1]] if place[1] < len(parts) else None
+
+
+def predicted(axis: Axis, sizes: Mapping[Axis, int]) -> int:
+    """The size of an axis when some atoms have other sizes."""
+    axis = find(axis)
+    if axis.form == "atom":
+        return sizes.get(axis, axis.size)
+    parts = [predicted(part, sizes) for part in axis.parts]
+    return prod(parts) if axis.form == "product" else sum(parts)
+
+
+def attribute_values(binds: Iterable[Bind], sizes: Mapping[Axis, int]) -> dict[Attribute, Any]:
+    """What each bound attribute must hold when some atoms have other sizes."""
+    values: dict[Attribute, Any] = {}
+    for bind in binds:
+        now = tuple(predicted(axis, sizes) for axis in bind.axes)
+        if now != tuple(axis.size for axis in bind.axes):
+            values[Attribute(bind.module, bind.attribute)] = now if bind.is_tuple else now[0]
+    return values
+
+
+def _sizes_in(axes: Iterable[Axis], free: set[Axis]) -> list[Axis]:
+    """The axes and their atoms that contain something free, without repetition."""
+    found: dict[Axis, None] = {}
+    for axis in axes:
+        for part in (find(axis), *algebra.atoms(axis)):
+            if any(atom in free for atom in algebra.atoms(part)):
+                found[part] = None
+    return list(found)
+
+
+def _outwards(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    for name, value in vars(module).items():
+        if type(value) is int and value > 1 and not name.startswith("_"):
+            yield name, value
+
+
+def _reason(call: Call, detail: str) -> str:
+    short = detail.splitlines()[0][:160]
+    return f"the forward holds its size as a number ({call.place}): {short}"
+
+
+def _number(call: Call) -> float | None:
+    """The Python number a product or quotient was made with."""
+    other = call.args[1] if len(call.args) > 1 else None
+    return float(other) if isinstance(other, (int, float)) else None

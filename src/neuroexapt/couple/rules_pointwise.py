@@ -1,0 +1,129 @@
+"""Operators that work position by position: dimensions of equal place are the same axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from neuroexapt.capture import TensorRef
+from neuroexapt.couple.axis import Axis
+from neuroexapt.couple.site import Dims, Label, Site, rule
+
+ADDITIVE = {"aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.rsub"}
+SQUARES = {"aten.mul", "aten.pow", "aten.square"}
+
+# Operators that are pointwise without carrying torch's tag for it.
+UNTAGGED = (
+    "aten._to_copy",
+    "aten.alias",
+    "aten.bernoulli",
+    "aten.bernoulli_",
+    "aten.clone",
+    "aten.copy",
+    "aten.copy_",
+    "aten.detach",
+    "aten.dropout",
+    "aten.empty_like",
+    "aten.exponential_",
+    "aten.fill_",
+    "aten.full_like",
+    "aten.glu_jvp",
+    "aten.lift",
+    "aten.lift_fresh",
+    "aten.lift_fresh_copy",
+    "aten.native_dropout",
+    "aten.new_empty_strided",
+    "aten.normal_",
+    "aten.ones_like",
+    "aten.prelu",
+    "aten._prelu_kernel",
+    "aten.rand_like",
+    "aten.randn_like",
+    "aten.rrelu_with_noise",
+    "aten.uniform_",
+    "aten.zero_",
+    "aten.zeros_like",
+    "aten.masked_fill",
+    "aten.masked_fill_",
+    "aten.native_dropout_backward",
+    "aten.random_",
+    "aten.tril_like",
+)
+
+
+@rule(*UNTAGGED)
+def pointwise(site: Site) -> list[Dims]:
+    """Broadcast from the right: a size of 1 against n says nothing about either.
+
+    Example: ``(B, C, H, W) + (C, 1, 1)`` makes both C one axis.
+    """
+    out = site.call.outputs[0]
+    inputs = [ref for ref in site.call.inputs if len(ref.shape) <= len(out.shape)]
+    if site.call.op == "aten._prelu_kernel" or site.call.op == "aten.prelu":
+        inputs = inputs[:1] + [_channelwise(site, ref) for ref in inputs[1:]]
+    dims = []
+    for place in range(-len(out.shape), 0):
+        dims.append(_common_axis(site, inputs, place, out.shape[place]))
+        _origin(site, inputs, place)
+    _set_labels(site, out, inputs)
+    _elementwise_roles(site, inputs)
+    _remember_square(site, out)
+    return [tuple(dims)] * len(site.call.outputs)
+
+
+def _channelwise(site: Site, ref: TensorRef) -> TensorRef:
+    """A PReLU slope of shape (C,) goes with dimension 1, not with the last."""
+    x = site.call.inputs[0]
+    if len(ref.shape) == 1 and len(x.shape) > 2 and ref.shape[0] > 1:
+        site.same(site.axis(ref, 0), site.axis(x, 1))
+        site.role(ref, 0, "elementwise", "mean")
+        return x
+    return ref
+
+
+def _common_axis(site: Site, inputs: Sequence[TensorRef], place: int, size: int) -> Axis:
+    for ref in inputs:
+        if len(ref.shape) >= -place and ref.shape[place] == 1 != size:
+            site.pin(site.axis(ref, place), "a single position broadcast over many")
+    found = [
+        site.axis(ref, place)
+        for ref in inputs
+        if len(ref.shape) >= -place and ref.shape[place] == size
+    ]
+    for other in found[1:]:
+        site.same(found[0], other)
+    return found[0] if found else site.free(size)
+
+
+def _origin(site: Site, inputs: Sequence[TensorRef], place: int) -> frozenset[Label]:
+    labels: frozenset[Label] = frozenset()
+    for ref in inputs:
+        if len(ref.shape) >= -place:
+            labels |= site.labels(ref)[place]
+    return labels
+
+
+def _set_labels(site: Site, out: TensorRef, inputs: Sequence[TensorRef]) -> None:
+    places = range(-len(out.shape), 0)
+    site.set_labels(out, [_origin(site, inputs, place) for place in places])
+
+
+def _elementwise_roles(site: Site, inputs: Sequence[TensorRef]) -> None:
+    """A parameter that meets an activation position by position is elementwise."""
+    if all(site.is_weight(ref) for ref in inputs):
+        return
+    fill = "zero" if site.call.op in ADDITIVE else "mean"
+    for ref in inputs:
+        if site.is_weight(ref):
+            for dim, size in enumerate(ref.shape):
+                if size > 1:
+                    site.role(ref, dim, "elementwise", fill)
+
+
+def _remember_square(site: Site, out: TensorRef) -> None:
+    """Keep x of x*x and x**2, by which a hand-written RMS norm is known."""
+    if site.call.op not in SQUARES:
+        return
+    base = site.call.args[0]
+    other = site.arg(1, "exponent", 2)
+    if isinstance(base, TensorRef) and (other == base or other == 2):
+        site.draft.squares[out] = base

@@ -1,0 +1,109 @@
+"""Operators that mix over dimensions: sums, means, maxima, softmax, running sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from neuroexapt.capture import TensorRef
+from neuroexapt.couple import axis as algebra
+from neuroexapt.couple.site import Dims, Site, rule
+
+# Position of the `dim` argument in the schema.
+_DIM_AT = {"aten.linalg_vector_norm": 2, "aten.norm": 2}
+
+
+@rule(
+    "aten.all",
+    "aten.amax",
+    "aten.amin",
+    "aten.any",
+    "aten.argmax",
+    "aten.argmin",
+    "aten.count_nonzero",
+    "aten.linalg_vector_norm",
+    "aten.logsumexp",
+    "aten.max",
+    "aten.mean",
+    "aten.median",
+    "aten.min",
+    "aten.nansum",
+    "aten.norm",
+    "aten.prod",
+    "aten.std",
+    "aten.std_mean",
+    "aten.sum",
+    "aten.var",
+    "aten.var_mean",
+)
+def reduce(site: Site) -> list[Dims]:
+    """Dimensions that vanish, or stay with size 1; the result depends on all their positions."""
+    x, out = site.call.inputs[0], site.call.outputs[0]
+    reduced = _reduced_dims(site, x)
+    kept = len(out.shape) == len(x.shape)
+    for dim in reduced:
+        _mix(site, x, dim)
+    dims, labels = [], []
+    for place, axis in enumerate(site.dims(x)):
+        if place not in reduced:
+            dims.append(axis)
+            labels.append(site.labels(x)[place])
+        elif kept:
+            dims.append(site.fixed(1, "a reduced dimension"))
+            labels.append(frozenset())
+    for ref in site.call.outputs:
+        site.set_labels(ref, labels)
+    return [tuple(dims)] * len(site.call.outputs)
+
+
+def _reduced_dims(site: Site, x: TensorRef) -> set[int]:
+    given = site.arg(_DIM_AT.get(site.call.op, 1), "dim")
+    if isinstance(given, (bool, TensorRef)):
+        given = None
+    listed: Sequence[int] = [given] if isinstance(given, int) else (given or range(len(x.shape)))
+    return {int(dim) % len(x.shape) for dim in listed} if x.shape else set()
+
+
+def _mix(site: Site, x: TensorRef, dim: int) -> None:
+    axis = site.axis(x, dim)
+    if all(atom.pin for atom in algebra.atoms(axis)):
+        return
+    site.bind("normalized_shape", [axis], is_tuple=True)  # nn.RMSNorm, where torch decomposes it
+    if site.call.op == "aten.mean" and x in site.draft.squares:
+        site.mix(axis, "mean_square", **site.epsilon(None))
+    else:
+        site.mix(axis, site.call.op.removeprefix("aten."))
+
+
+@rule(
+    "aten._softmax",
+    "aten._log_softmax",
+    "aten._safe_softmax",
+    "aten.softmax",
+    "aten.log_softmax",
+    "aten.cumsum",
+    "aten.cumprod",
+    "aten.logcumsumexp",
+)
+def along(site: Site) -> list[Dims]:
+    """Same shape; every position of the dimension depends on the others."""
+    x, dim = site.call.args[:2]
+    axis = site.axis(x, dim)
+    if "softmax" in site.call.op:
+        site.mix(axis, "softmax")
+    else:
+        site.pin(axis, "an order that matters")
+    site.set_labels(site.call.outputs[0], site.labels(x))
+    return [site.dims(x)] * len(site.call.outputs)
+
+
+@rule("aten.glu")
+def glu(site: Site) -> list[Dims]:
+    """First half times the sigmoid of the second half, along one dimension."""
+    x = site.call.args[0]
+    dim = int(site.arg(1, "dim", -1)) % len(x.shape)
+    halves, inner = site.free(2), site.free(x.shape[dim] // 2)
+    site.same(site.axis(x, dim), algebra.product([halves, inner]))
+    site.pin(halves, "two halves of a gate")
+    dims = list(site.dims(x))
+    dims[dim] = inner
+    return [tuple(dims)]

@@ -1,0 +1,219 @@
+"""What an operator rule sees and says: the call, its axes, and the words to couple them.
+
+A rule is a function ``rule(site) -> axes of each output``. It is registered for its
+operators with :func:`rule` and lives in the ``rules_*.py`` file of its family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from neuroexapt.capture import Call, TensorRef
+from neuroexapt.couple import axis as algebra
+from neuroexapt.couple.axis import Axis
+
+Dims = tuple[Axis, ...]
+Rule = Callable[["Site"], Sequence[Sequence[Axis]]]
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*ops: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of these operators (``"aten.relu"``: any overload).
+
+    Example:
+        >>> @rule("mylib.double")
+        ... def double(site):
+        ...     return [site.dims(site.call.args[0])]
+        >>> RULES.pop("mylib.double") is double
+        True
+    """
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            RULES[op] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Label:
+    """One dimension of one parameter from which a tensor dimension was made.
+
+    ``picks`` narrows it: only the positions start..stop of that axis inside the dimension
+    (the query part of a fused qkv projection, say).
+    """
+
+    name: str
+    dim: int
+    picks: tuple[tuple[Axis, int, int], ...] = ()
+
+
+Labels = tuple[frozenset[Label], ...]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A role that a parameter dimension plays in a call.
+
+    ``role`` is ``"producer"``, ``"consumer"`` or ``"elementwise"``; ``fill`` says what a new
+    entry of an elementwise tensor holds: ``"zero"``, ``"one"`` or ``"mean"`` of its siblings.
+    """
+
+    label: Label
+    axis: Axis
+    role: str
+    fill: str
+
+
+@dataclass(frozen=True)
+class Mix:
+    """An operator that mixes over an axis, so that its size or a new entry changes others.
+
+    ``data`` holds what a mutation needs to keep the function (names of the norm's weight and
+    bias, the labels of both sides of a dot product).
+    """
+
+    axis: Axis
+    kind: str
+    module: str
+    place: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Bind:
+    """A module attribute that repeats the sizes of these axes (one: an int; more: a tuple)."""
+
+    module: str
+    attribute: str
+    axes: Dims
+    is_tuple: bool = False
+
+
+@dataclass
+class Draft:
+    """All that the rules have said so far; frozen into an AxisMap at the end."""
+
+    parameters: dict[str, Dims] = field(default_factory=dict)
+    dims: dict[TensorRef, Dims] = field(default_factory=dict)
+    labels: dict[TensorRef, Labels] = field(default_factory=dict)
+    weights: set[TensorRef] = field(default_factory=set)
+    squares: dict[TensorRef, TensorRef] = field(default_factory=dict)
+    marks: dict[Mark, None] = field(default_factory=dict)
+    mixes: list[Mix] = field(default_factory=list)
+    binds: list[Bind] = field(default_factory=list)
+    unknown: dict[str, dict[str, None]] = field(default_factory=dict)
+
+
+class Site:
+    """One call under a rule.
+
+    Args:
+        call: the recorded operator call.
+        draft: where the couplings are collected.
+        fields: attributes of the module that made the call, by name (for bindings).
+    """
+
+    def __init__(self, call: Call, draft: Draft, fields: Mapping[str, Any]) -> None:
+        self.call = call
+        self.draft = draft
+        self.fields = fields
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or keyword, else the default of the operator's schema."""
+        if position < len(self.call.args):
+            return self.call.args[position]
+        return self.call.kwargs.get(name, default)
+
+    def dims(self, ref: TensorRef) -> Dims:
+        """The axes of a tensor; one that no call made is a constant of the model: pinned."""
+        if ref not in self.draft.dims:
+            self.draft.dims[ref] = tuple(self.fixed(n, "a constant tensor") for n in ref.shape)
+        return self.draft.dims[ref]
+
+    def axis(self, ref: TensorRef, dim: int) -> Axis:
+        """The axis of one dimension, counted from the end when negative."""
+        return self.dims(ref)[dim]
+
+    def free(self, size: int) -> Axis:
+        """A new axis that may turn out to be any."""
+        return Axis(size)
+
+    def fixed(self, size: int, why: str) -> Axis:
+        """A new axis that must keep its size."""
+        return Axis(size, pin=f"{why} ({self.call.place})")
+
+    def pin(self, axis: Axis, why: str) -> None:
+        """Freeze an axis, with the reason and the source line."""
+        algebra.pin(axis, f"{why} ({self.call.place})")
+
+    def same(self, a: Axis, b: Axis) -> Axis:
+        """Unify; axes that cannot be refined to common atoms are both pinned."""
+        try:
+            algebra.unify(a, b)
+        except algebra.Mismatch as mismatch:
+            self.pin(a, f"cannot be matched: {mismatch}")
+            self.pin(b, f"cannot be matched: {mismatch}")
+        return a
+
+    def is_weight(self, ref: TensorRef) -> bool:
+        """Whether the tensor is made of parameters and buffers alone."""
+        return ref in self.draft.weights
+
+    def is_parameter(self, ref: TensorRef) -> bool:
+        """Whether the tensor is made of named parameters or buffers, not of constants alone."""
+        return self.is_weight(ref) and any(self.labels(ref))
+
+    def labels(self, ref: TensorRef) -> Labels:
+        """Per dimension, the parameter dimensions it stems from."""
+        return self.draft.labels.get(ref) or (frozenset(),) * len(ref.shape)
+
+    def set_labels(self, ref: TensorRef, labels: Iterable[frozenset[Label]]) -> None:
+        """State the origin of an output's dimensions where the default (all) is too wide."""
+        self.draft.labels[ref] = tuple(labels)
+
+    def role(self, ref: TensorRef, dim: int, role: str, fill: str = "mean") -> None:
+        """Say what the parameters behind a dimension do in this call."""
+        for label in self.labels(ref)[dim]:
+            self.draft.marks[Mark(label, self.axis(ref, dim), role, fill)] = None
+
+    def mix(self, axis: Axis, kind: str, **data: Any) -> None:
+        """Say that this call mixes over the axis."""
+        self.draft.mixes.append(Mix(axis, kind, self.call.module, self.call.place, data))
+
+    def epsilon(self, value: float | None) -> dict[str, Any]:
+        """The calling module's attribute that holds a norm's epsilon, and its value."""
+        for name, held in self.fields.items():
+            if "eps" in name and (held is None or isinstance(held, float)):
+                default = torch.finfo(self.call.inputs[0].dtype).eps
+                known = next((v for v in (value, held, default) if v is not None), default)
+                return {"eps": known, "eps_attribute": name}
+        return {}
+
+    def bind(self, attribute: str, axes: Sequence[Axis], *, is_tuple: bool = False) -> None:
+        """Say that an attribute of the calling module, if it has one, repeats these sizes."""
+        sizes = tuple(axis.size for axis in axes)
+        value = self.fields.get(attribute)
+        if value == (sizes if is_tuple else sizes[0]):
+            self.draft.binds.append(Bind(self.call.module, attribute, tuple(axes), is_tuple))
+
+    def produce(self, ref: TensorRef) -> None:
+        """Mark every dimension of a weight as producing."""
+        self.contract(ref, [])
+
+    def contract(self, ref: TensorRef, contracted: Sequence[int]) -> None:
+        """Mark a contraction's weight operand: contracted dims consume, the others produce."""
+        inner = {dim % len(ref.shape) for dim in contracted}
+        for dim in range(len(ref.shape)):
+            self.role(ref, dim, "consumer" if dim in inner else "producer", "zero")
+
+
+def place_of(names: Iterable[frozenset[Label]]) -> frozenset[Label]:
+    """The union of several label sets."""
+    return frozenset().union(*names)

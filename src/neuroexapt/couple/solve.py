@@ -1,0 +1,153 @@
+"""Apply the rules to a trace: operator by operator, collect what must change together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from neuroexapt.capture import Call, Trace
+from neuroexapt.couple import (
+    axis as algebra,
+)
+from neuroexapt.couple import (
+    rules_contraction,
+    rules_index,
+    rules_norm,
+    rules_pointwise,
+    rules_reduce,
+    rules_shape,
+    rules_spatial,
+)
+from neuroexapt.couple.axis import Axis
+from neuroexapt.couple.site import RULES, Bind, Dims, Draft, Label, Site
+
+# Importing a family registers its rules.
+FAMILIES = (
+    rules_contraction,
+    rules_index,
+    rules_norm,
+    rules_pointwise,
+    rules_reduce,
+    rules_shape,
+    rules_spatial,
+)
+
+# Attributes of torch.nn classes that repeat a dimension of one of the module's own tensors.
+# Convolution and group norm state theirs in their rules, where the groups are known.
+FIELDS: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
+    nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
+    nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
+    nn.PReLU: {"num_parameters": ("weight", 0)},
+}
+
+
+def solve(model: nn.Module, trace: Trace, draft: Draft) -> None:
+    """Add the couplings of one trace to the draft.
+
+    Parameter axes are shared between traces of the same model; inputs and outputs are pinned,
+    being the model's contract with its caller. An operator without a rule pins what it
+    touches and is listed in ``draft.unknown``.
+    """
+    fields = {path: _fields(module) for path, module in model.named_modules()}
+    _seed(trace, draft)
+    for call in trace.calls:
+        _apply(Site(call, draft, fields.get(call.module, {})))
+    for ref in trace.outputs:
+        for axis in draft.dims.get(ref, ()):
+            algebra.pin(axis, "the model's output is a contract with its caller")
+    _bind_fields(model, draft)
+
+
+def _fields(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
+
+
+def _seed(trace: Trace, draft: Draft) -> None:
+    by_ref: dict[int, Dims] = {}
+    for name, ref in trace.tensors.items():
+        if name not in draft.parameters:
+            dims = by_ref.setdefault(ref.id, tuple(Axis(size) for size in ref.shape))
+            draft.parameters[name] = dims
+        if ref not in draft.dims:
+            draft.dims[ref] = draft.parameters[name]
+            draft.labels[ref] = tuple(frozenset([Label(name, d)]) for d in range(len(ref.shape)))
+            draft.weights.add(ref)
+    for ref in trace.inputs:
+        draft.dims[ref] = tuple(
+            Axis(size, pin="the model's input is a contract with its caller") for size in ref.shape
+        )
+
+
+def _apply(site: Site) -> None:
+    rule = RULES.get(site.call.op)
+    if rule is None and site.call.pointwise:
+        rule = rules_pointwise.pointwise
+    if rule is None:
+        _unknown(site)
+        return
+    before = {ref for ref in site.call.outputs if ref in site.draft.dims}
+    for ref, dims in zip(site.call.outputs, rule(site), strict=True):
+        _assign(site, ref, tuple(dims), known=ref in before)
+    _spread_origin(site)
+
+
+def _assign(site: Site, ref: Any, dims: Dims, *, known: bool) -> None:
+    sizes = tuple(axis.size for axis in dims)
+    if sizes != ref.shape:
+        raise AssertionError(f"rule of {site.call.op} gave sizes {sizes} for shape {ref.shape}")
+    if known:  # written in place: old and new are the same tensor
+        for old, new in zip(site.draft.dims[ref], dims, strict=True):
+            site.same(old, new)
+    else:
+        site.draft.dims[ref] = dims
+
+
+def _spread_origin(site: Site) -> None:
+    """A tensor made of weights alone is a weight; it stems from all of them, dimension by
+    dimension where the rule said so, else from any dimension of any."""
+    inputs = site.call.inputs
+    made_of_weights = all(site.is_weight(ref) for ref in inputs)
+    everything = frozenset(label for ref in inputs for part in site.labels(ref) for label in part)
+    for ref in site.call.outputs:
+        if made_of_weights and inputs:
+            site.draft.weights.add(ref)
+            site.draft.labels.setdefault(ref, (everything,) * len(ref.shape))
+        elif not made_of_weights:
+            site.draft.weights.discard(ref)
+
+
+def _unknown(site: Site) -> None:
+    op = f"{site.call.op}.{site.call.overload}"
+    site.draft.unknown.setdefault(op, {})[site.call.module] = None
+    for ref in site.call.inputs:
+        for axis in site.dims(ref):
+            site.pin(axis, f"operator {op} has no rule")
+    for ref in site.call.outputs:
+        site.draft.dims[ref] = tuple(
+            site.fixed(size, f"operator {op} has no rule") for size in ref.shape
+        )
+
+
+def _bind_fields(model: nn.Module, draft: Draft) -> None:
+    for path, module in model.named_modules():
+        for kind, rows in FIELDS.items():
+            if isinstance(module, kind):
+                for attribute, (tensor, dim) in rows.items():
+                    _bind_field(draft, path, attribute, f"{path}.{tensor}".lstrip("."), dim)
+
+
+def _bind_field(draft: Draft, path: str, attribute: str, tensor: str, dim: int) -> None:
+    bind = (
+        Bind(path, attribute, draft.parameters[tensor][dim : dim + 1])
+        if (tensor in draft.parameters)
+        else None
+    )
+    if bind is not None and bind not in draft.binds:
+        draft.binds.append(bind)
+
+
+def call_axes(call: Call, draft: Draft) -> list[Axis]:
+    """Every axis a call touches: its outputs' first, then its inputs'."""
+    return [axis for ref in (*call.outputs, *call.inputs) for axis in draft.dims.get(ref, ())]

@@ -1,0 +1,37 @@
+"""Edits as values: what to change, decided before anything is written.
+
+Read :mod:`neuroexapt.edit.base` (the contract), :mod:`neuroexapt.edit.patch` (what an edit
+decides) and one edit, :mod:`neuroexapt.edit.narrow`. Nothing in this room writes on a model.
+"""
+
+from neuroexapt.edit.base import Edit
+from neuroexapt.edit.branches import BranchSpec, Gate, build
+from neuroexapt.edit.graft import free_name, grafted_class, original_class
+from neuroexapt.edit.insert import InsertConv, InsertResidual
+from neuroexapt.edit.narrow import Narrow, group_norm
+from neuroexapt.edit.patch import AttributeEdit, DimEdit, Insertion, Patch, Scaling, WidthStep
+from neuroexapt.edit.resize import resized, unit_sums
+from neuroexapt.edit.widen import Widen
+
+__all__ = [
+    "AttributeEdit",
+    "BranchSpec",
+    "DimEdit",
+    "Edit",
+    "Gate",
+    "InsertConv",
+    "InsertResidual",
+    "Insertion",
+    "Narrow",
+    "Patch",
+    "Scaling",
+    "Widen",
+    "WidthStep",
+    "build",
+    "free_name",
+    "grafted_class",
+    "group_norm",
+    "original_class",
+    "resized",
+    "unit_sums",
+]

@@ -1,0 +1,84 @@
+"""The contract of every edit."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from neuroexapt.couple import AxisMap, Width
+from neuroexapt.edit.patch import Patch
+from neuroexapt.errors import EditError
+
+
+@dataclass(frozen=True)
+class Edit(abc.ABC):
+    """A change of architecture as a value.
+
+    Laws every edit obeys (``tests/laws``): :meth:`check` and :meth:`plan` write nothing; what
+    :meth:`plan` promises in ``Patch.preserves`` is verified when it is applied; an edit that
+    cannot be made raises before anything is written.
+    """
+
+    @abc.abstractmethod
+    def check(self, axes: AxisMap) -> list[EditError]:
+        """All that stands against this edit on this model; empty when it can be made."""
+
+    @abc.abstractmethod
+    def plan(self, axes: AxisMap, tensors: Mapping[str, Tensor]) -> Patch:
+        """Decide what to change. ``tensors`` are read (for scores), never written.
+
+        Raises:
+            EditError: the first problem :meth:`check` finds.
+        """
+
+    @property
+    @abc.abstractmethod
+    def place(self) -> str:
+        """Where it applies, as the user wrote it."""
+
+
+def found_widths(axes: AxisMap, at: str) -> tuple[tuple[Width, ...], list[EditError]]:
+    """The widths a place means, or the error that says why it means none."""
+    try:
+        if any(sign in at for sign in "*?["):
+            return axes.find(at), []
+        return (axes.one(at),), []
+    except EditError as error:
+        return (), [error]
+
+
+def units_of(place: str, amount: int | float, size: int) -> int:
+    """A number of units from a count or a fraction of the size; at least one.
+
+    Raises:
+        EditError: not positive, or a fraction that is no number.
+
+    Example:
+        >>> units_of("fc1", 0.25, 10), units_of("fc1", 3, 10)
+        (2, 3)
+    """
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not amount > 0:
+        raise EditError(
+            place,
+            seen=f"by={amount!r}",
+            needed="a positive number of units (int) or a positive fraction (float)",
+            next_step="use by=8 for eight units or by=0.25 for a quarter",
+        )
+    return amount if isinstance(amount, int) else max(1, int(amount * size + 1e-9))
+
+
+def one_of_to_and_by(place: str, to: int | None, by: int | float | None) -> list[EditError]:
+    """An error unless exactly one of both is given."""
+    if (to is None) != (by is None):
+        return []
+    return [
+        EditError(
+            place,
+            seen=f"to={to!r}, by={by!r}",
+            needed="exactly one of `to` (the new size) and `by` (the change)",
+            next_step="give one of them",
+        )
+    ]

@@ -1,0 +1,98 @@
+"""The modules that insertions add, described as data and built from plain torch.nn parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """Everything needed to build a branch.
+
+    Attributes:
+        kind: ``"projection"``, ``"identity"`` or ``"conv"``.
+        source: channels (or features) that enter.
+        target: channels (or features) that leave.
+        spatial: number of spatial dimensions; 0 when features come last.
+        stride: per spatial dimension.
+        kernel: odd kernel size of a ``"conv"`` branch.
+        seed: seed of the random initial weights.
+    """
+
+    kind: str
+    source: int
+    target: int
+    spatial: int
+    stride: tuple[int, ...] = ()
+    kernel: int = 1
+    seed: int = 0
+
+
+class Gate(nn.Module):
+    """Multiplies each channel by a learnable scale that starts at zero.
+
+    Args:
+        channels: number of channels.
+        spatial: number of dimensions behind the channel dimension.
+
+    Example:
+        >>> gate = Gate(3, spatial=2)
+        >>> float(gate(torch.ones(2, 3, 4, 4)).abs().sum())
+        0.0
+    """
+
+    def __init__(self, channels: int, spatial: int) -> None:
+        super().__init__()
+        self.spatial = spatial
+        self.scale = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) or (..., C) to the same shape."""
+        return x * self.scale.view(-1, *([1] * self.spatial))
+
+    def extra_repr(self) -> str:
+        return f"{self.scale.numel()}, spatial={self.spatial}"
+
+
+def build(spec: BranchSpec) -> nn.Module:
+    """The branch, randomly initialised from the spec's own seed; it outputs zeros.
+
+    The global random state is as before. Output shape: that of the branch's target.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(spec.seed)
+        return _BUILDERS[spec.kind](spec)
+
+
+def _projection(spec: BranchSpec) -> nn.Module:
+    """1x1 convolution and batch norm with zero scale; without space, linear layer and gate."""
+    if not spec.spatial:
+        return nn.Sequential(nn.Linear(spec.source, spec.target), Gate(spec.target, 0))
+    norm = _NORM[spec.spatial](spec.target)
+    nn.init.zeros_(norm.weight)
+    conv = _CONV[spec.spatial](spec.source, spec.target, 1, stride=spec.stride)  # type: ignore[arg-type]
+    return nn.Sequential(conv, norm)
+
+
+def _identity(spec: BranchSpec) -> nn.Module:
+    return Gate(spec.target, spec.spatial)
+
+
+def _conv(spec: BranchSpec) -> nn.Module:
+    """Convolution, batch norm, ReLU, and a gate: the gate alone is zero, so that once it has
+    moved every layer of the branch learns."""
+    conv = _CONV[spec.spatial](
+        spec.source, spec.target, spec.kernel, padding=spec.kernel // 2, bias=False
+    )
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    norm = _NORM[spec.spatial](spec.target)
+    return nn.Sequential(conv, norm, nn.ReLU(), Gate(spec.target, spec.spatial))
+
+
+_BUILDERS = {"projection": _projection, "identity": _identity, "conv": _conv}

@@ -1,0 +1,189 @@
+"""What an edit decides, as data: which positions, which fills, which attributes, what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from neuroexapt.couple import AxisMap, Expr, Leaf, Mixer, Product, Side, Sum, Width, size_of
+from neuroexapt.edit.resize import siblings
+
+if TYPE_CHECKING:
+    from neuroexapt.edit.base import Edit
+    from neuroexapt.edit.branches import BranchSpec
+
+
+@dataclass(frozen=True)
+class DimEdit:
+    """One dimension of one tensor that follows a width.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        dim: its dimension.
+        expr: what the dimension is made of before the step.
+        fill: what new entries hold: ``"zero"``, ``"one"``, ``"mean"`` of their siblings,
+            ``"random"`` with the tensor's own deviation, ``"spark"`` (small random values).
+        silent: old positions; new entries beside these are zero whatever ``fill`` says.
+    """
+
+    tensor: str
+    dim: int
+    expr: Expr
+    fill: str
+    silent: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Old entries of a tensor are multiplied: all of them, or some positions of dimension 0."""
+
+    tensor: str
+    factor: float
+    positions: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class WidthStep:
+    """One width gets new positions: for each, the old position it comes from, or -1 (new)."""
+
+    width: str
+    positions: tuple[int, ...]
+    dims: tuple[DimEdit, ...]
+    scalings: tuple[Scaling, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttributeEdit:
+    """A module attribute gets the value that fits the new sizes."""
+
+    module: str
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """A branch is grafted onto a module: around it (from its input) or after it."""
+
+    module: str
+    child: str
+    spec: BranchSpec
+    neighbour: str | None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """All that an edit changes, decided before anything is written.
+
+    Attributes:
+        edit: the edit that made it.
+        preserves: ``"exact"`` (same function), ``"approximate"`` or ``"none"``.
+        description: one sentence for people.
+        steps: widths, one after the other.
+        attributes: Python numbers that follow.
+        insertions: new branches.
+    """
+
+    edit: Edit
+    preserves: str
+    description: str
+    steps: tuple[WidthStep, ...] = ()
+    attributes: tuple[AttributeEdit, ...] = ()
+    insertions: tuple[Insertion, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Every parameter and buffer the patch resizes or scales, each once."""
+        names = [name for step in self.steps for name in _touched(step)]
+        return tuple(dict.fromkeys(names))
+
+
+def _touched(step: WidthStep) -> list[str]:
+    return [*(edit.tensor for edit in step.dims), *(scaling.tensor for scaling in step.scalings)]
+
+
+@dataclass
+class Drawing:
+    """A map that follows a plan step by step, so that later steps see what earlier ones did."""
+
+    axes: AxisMap
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def width(self, name: str) -> Width:
+        """A width as the steps so far have left it."""
+        return self.axes.widths[name]
+
+    def expr(self, tensor: str, dim: int) -> Expr:
+        """A dimension's expression as the steps so far have left it."""
+        return self.axes.tensors[tensor][dim]
+
+    def record(self, step: WidthStep) -> None:
+        """Take over a step: sizes, expressions and the positions of dot-product sides."""
+        watched = {
+            (side.tensor, side.dim)
+            for width in self.axes.widths.values()
+            for mixer in width.mixers
+            for sides in mixer.sides
+            for side in sides
+        }
+        moved = {
+            (edit.tensor, edit.dim): siblings(edit.expr, step.width, step.positions)
+            for edit in step.dims
+            if (edit.tensor, edit.dim) in watched
+        }
+        size = len(step.positions)
+        self.sizes[step.width] = size
+        self.axes = replace(
+            self.axes,
+            widths={
+                name: replace(
+                    width,
+                    size=size if name == step.width else width.size,
+                    mixers=tuple(_moved(mixer, moved) for mixer in width.mixers),
+                )
+                for name, width in self.axes.widths.items()
+            },
+            tensors={
+                name: tuple(resize_expr(expr, step.width, size) for expr in dims)
+                for name, dims in self.axes.tensors.items()
+            },
+        )
+
+    def attributes(self, original: AxisMap) -> tuple[AttributeEdit, ...]:
+        """The attributes whose value the steps so far have changed."""
+        found = []
+        for attribute in original.attributes:
+            old = tuple(size_of(expr, {}) for expr in attribute.exprs)
+            new = tuple(size_of(expr, self.sizes) for expr in attribute.exprs)
+            if old != new:
+                value = new if attribute.is_tuple else new[0]
+                found.append(AttributeEdit(attribute.module, attribute.name, value))
+        return tuple(found)
+
+
+def resize_expr(expr: Expr, name: str, size: int) -> Expr:
+    """The expression with one atom at another size.
+
+    Example:
+        >>> resize_expr(Product((Leaf("c", 2), Leaf("hw", 3))), "c", 5)
+        Product(parts=(Leaf(name='c', size=5), Leaf(name='hw', size=3)))
+    """
+    if isinstance(expr, Leaf):
+        return Leaf(name, size) if expr.name == name else expr
+    parts = tuple(resize_expr(part, name, size) for part in expr.parts)
+    return Product(parts) if isinstance(expr, Product) else Sum(parts)
+
+
+def _moved(mixer: Mixer, moved: Mapping[tuple[str, int], Sequence[Sequence[int]]]) -> Mixer:
+    left, right = (tuple(_moved_side(side, moved) for side in s) for s in mixer.sides)
+    return replace(mixer, sides=(left, right))
+
+
+def _moved_side(side: Side, moved: Mapping[tuple[str, int], Sequence[Sequence[int]]]) -> Side:
+    old = moved.get((side.tensor, side.dim))
+    if old is None:
+        return side
+    inside = set(side.positions)
+    positions = tuple(p for p, origin in enumerate(old) if origin and origin[0] in inside)
+    return replace(side, positions=positions)

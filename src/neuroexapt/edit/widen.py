@@ -1,0 +1,222 @@
+"""Widen: new units on a width, with the function kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from torch import Tensor
+
+from neuroexapt.couple import Appearance, AxisMap, Mixer, Width
+from neuroexapt.edit.base import Edit, found_widths, one_of_to_and_by, units_of
+from neuroexapt.edit.patch import AttributeEdit, DimEdit, Drawing, Patch, Scaling, WidthStep
+from neuroexapt.errors import EditError
+
+# Norms over a width need other new entries; what they share is a mean that must not move.
+_NORMS = {"layer_norm", "mean_square"}
+
+
+@dataclass(frozen=True)
+class Widen(Edit):
+    """Add units to a width: channels, neurons, heads, an MLP's hidden layer, a residual stream.
+
+    Promise: exact. Default initialisation: random incoming weights with the layer's own
+    deviation and zero outgoing weights, so that the output is the same and every new unit
+    gets gradient from the second step on. Where a normaliser mixes over the width, new entries
+    sit where they leave its statistics alone: at the mean of their siblings for LayerNorm, at
+    zero for RMSNorm, with the scale corrected by ``sqrt(d / (d + k))`` and epsilon by
+    ``d / (d + k)``. A wider attention head gets zero query rows and keeps the scale of its
+    logits. GroupNorm grows by whole groups.
+
+    Args:
+        at: module path (its output width), a width's name, or a glob over both.
+        by: number of new units (int) or fraction of the present size (float).
+        to: the new size; exactly one of ``by`` and ``to``.
+
+    Raises:
+        UnknownPlaceError, PinnedError, EditError: from :meth:`plan`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from neuroexapt import Widen, apply
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> done = apply(net, Widen("0", by=4), args=(torch.randn(5, 4),))
+        >>> net[0].weight.shape, net[2].weight.shape, done.max_difference < 1e-6
+        (torch.Size([12, 4]), torch.Size([2, 12]), True)
+
+    Chen et al. 2016 (Net2Net) for the idea; zero outgoing weights as in Evci et al. 2022.
+    """
+
+    at: str
+    by: int | float | None = None
+    to: int | None = None
+
+    @property
+    def place(self) -> str:
+        return self.at
+
+    def check(self, axes: AxisMap) -> list[EditError]:
+        """Place, sizes, and operators over which new units could not stay silent."""
+        problems = one_of_to_and_by(self.at, self.to, self.by)
+        widths, missing = found_widths(axes, self.at)
+        problems += missing
+        if problems:
+            return problems
+        for width in widths:
+            try:
+                self._new_size(width)
+            except EditError as error:
+                problems.append(error)
+            problems += self._unmixable(width)
+        return problems
+
+    def plan(self, axes: AxisMap, tensors: Mapping[str, Tensor]) -> Patch:
+        """New positions are -1, after the old ones."""
+        problems = self.check(axes)
+        if problems:
+            raise problems[0]
+        drawing, steps = Drawing(axes), []
+        for found in found_widths(axes, self.at)[0]:
+            width = drawing.width(found.name)
+            step = _step(drawing, width, self._new_size(width))
+            drawing.record(step)
+            steps.append(step)
+        sizes = ", ".join(f"{s.width} to {len(s.positions)}" for s in steps)
+        attributes = (*drawing.attributes(axes), *_epsilons(axes, steps))
+        return Patch(self, "exact", f"widen {sizes}", tuple(steps), attributes=attributes)
+
+    def _new_size(self, width: Width) -> int:
+        if self.to is None:
+            return width.size + units_of(self.at, self.by or 0, width.size)
+        if self.to <= width.size:
+            raise EditError(
+                self.at,
+                seen=f"to={self.to}",
+                needed=f"more than the present size of '{width.name}', {width.size}",
+                next_step=f"use to={width.size + 1} or more, or Narrow to shrink",
+            )
+        return self.to
+
+    def _unmixable(self, width: Width) -> list[EditError]:
+        kinds = {mixer.kind for mixer in width.mixers}
+        supported = kinds <= {"layer_norm"} or kinds <= {"mean_square"} or kinds <= {"dot"}
+        if supported and all(_dot_is_known(m) for m in width.mixers if m.kind == "dot"):
+            return []
+        mixer = next((m for m in width.mixers if m.kind not in (*_NORMS, "dot")), width.mixers[-1])
+        return [
+            EditError(
+                width.name,
+                seen=f"'{mixer.kind}' mixes over this width ({mixer.place})",
+                needed="a width over which new units can stay silent",
+                next_step="widen another width; Narrow works on this one",
+            )
+        ]
+
+
+def _dot_is_known(mixer: Mixer) -> bool:
+    """Both operands of the product are known and made by different parameters."""
+    left, right = (
+        {(s.tensor, s.dim, p) for s in side for p in s.positions} for side in mixer.sides
+    )
+    return bool(left) and bool(right) and not left & right
+
+
+def _step(drawing: Drawing, width: Width, size: int) -> WidthStep:
+    positions = (*range(width.size), *([-1] * (size - width.size)))
+    kinds = {mixer.kind for mixer in width.mixers}
+    dims = tuple(_dim(drawing, width, place, kinds) for place in width.appearances)
+    return WidthStep(width.name, positions, dims, _scalings(width, size, kinds))
+
+
+def _dim(drawing: Drawing, width: Width, place: Appearance, kinds: set[str]) -> DimEdit:
+    expr = drawing.expr(place.tensor, place.dim)
+    silent: tuple[int, ...] = ()
+    if "dot" in kinds:
+        silent = _query_positions(width, place)
+    fill = _fill_beside_norms(width, place, kinds) if kinds & _NORMS else _plain_fill(place)
+    return DimEdit(place.tensor, place.dim, expr, fill, silent)
+
+
+def _plain_fill(place: Appearance) -> str:
+    """Readers are silent, makers random; scales, shifts and statistics neutral."""
+    return {"consumer": "zero", "producer": "random"}.get(place.role, place.fill)
+
+
+def _fill_beside_norms(width: Width, place: Appearance, kinds: set[str]) -> str:
+    """New entries stay at the norm's centre: the mean for LayerNorm, zero for RMSNorm."""
+    centre = "mean" if "layer_norm" in kinds else "zero"
+    weights, biases = _norm_tensors(width)
+    if place.tensor in weights:
+        return "mean"
+    if place.tensor in biases:
+        # A small shift lets the readers' zero columns receive gradient at once.
+        return "spark" if _sparks(width) else "zero"
+    if place.roles == {"consumer"}:
+        # Behind a norm without shift the new entries are exactly zero, so readers may be random;
+        # with zero columns as well nothing would ever move.
+        return "zero" if _sparks(width) else "random"
+    return centre
+
+
+def _sparks(width: Width) -> bool:
+    """Whether every norm over the width has a shift of its own and no reader is tied to a maker."""
+    tied = any({"producer", "consumer"} <= place.roles for place in width.appearances)
+    return not tied and all(m.kind == "layer_norm" and m.bias for m in width.mixers)
+
+
+def _norm_tensors(width: Width) -> tuple[set[str], set[str]]:
+    """Names of the scales and of the shifts of the norms over a width."""
+    weights, biases = set[str](), set[str]()
+    for mixer in width.mixers:
+        weights |= mixer.weight or _owned_scales(width, mixer)
+        biases |= mixer.bias
+    return weights, biases
+
+
+def _owned_scales(width: Width, mixer: Mixer) -> set[str]:
+    """A decomposed norm does not name its scale: it is the module's own elementwise tensor."""
+    return {
+        place.tensor
+        for place in width.appearances
+        if place.tensor.rpartition(".")[0] == mixer.module and place.roles == {"elementwise"}
+    }
+
+
+def _query_positions(width: Width, place: Appearance) -> tuple[int, ...]:
+    """Positions of the left operand of the dot product inside this dimension."""
+    return tuple(
+        position
+        for mixer in width.mixers
+        for side in mixer.sides[0]
+        if (side.tensor, side.dim) == (place.tensor, place.dim)
+        for position in side.positions
+    )
+
+
+def _epsilons(axes: AxisMap, steps: Sequence[WidthStep]) -> list[AttributeEdit]:
+    """Epsilon is added to a mean over more entries now: it shrinks with that mean."""
+    return [
+        AttributeEdit(
+            mixer.module,
+            mixer.eps_attribute,
+            mixer.eps * axes.widths[step.width].size / len(step.positions),
+        )
+        for step in steps
+        for mixer in axes.widths[step.width].mixers
+        if mixer.kind in _NORMS and mixer.eps_attribute
+    ]
+
+
+def _scalings(width: Width, size: int, kinds: set[str]) -> tuple[Scaling, ...]:
+    if kinds & _NORMS:
+        # k silent entries lower the mean square of d entries by d / (d + k).
+        factor = sqrt(width.size / size)
+        return tuple(Scaling(name, factor) for name in sorted(_norm_tensors(width)[0]))
+    found: dict[Scaling, None] = {}
+    for mixer in width.mixers:
+        if mixer.kind == "dot" and mixer.scale == "inverse_sqrt":
+            for side in mixer.sides[0]:
+                found[Scaling(side.tensor, sqrt(size / width.size), side.positions)] = None
+    return tuple(found)

@@ -1,0 +1,133 @@
+"""The optimizer goes along: state by the same index, new parameters in their neighbour's group."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuroexapt.edit import WidthStep, resized
+from neuroexapt.errors import GuardError
+from neuroexapt.guard.ledger import Ledger
+
+# Running second moments. A new entry starts at the mean of its siblings: zero beside an old
+# `step` would make its first updates many times too large.
+SECOND_MOMENTS = frozenset(
+    {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "grad_avg"}
+)
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """The optimizer must be the one that trains this model.
+
+    Raises:
+        GuardError: none of its parameters belongs to the model.
+    """
+    if optimizer is None:
+        return
+    own = {id(p) for p in model.parameters()}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not own & held:
+        raise GuardError(
+            type(optimizer).__name__,
+            seen=f"{len(held)} parameters, none of which belongs to {type(model).__name__}",
+            needed="the optimizer that trains this model",
+            next_step="pass the optimizer built from model.parameters()",
+        )
+
+
+def migrate(
+    ledger: Ledger,
+    optimizer: torch.optim.Optimizer,
+    parameter: Tensor,
+    steps: Iterable[WidthStep],
+    name: str,
+) -> None:
+    """Resize the state of one parameter, which still has its old shape.
+
+    First moments of new entries are 0, second moments the mean of their siblings; ``step`` and
+    other scalars are kept. State of a shape of its own cannot be reindexed: it is reset, with
+    a warning that names it.
+    """
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    odd = [
+        k
+        for k, v in state.items()
+        if isinstance(v, Tensor) and v.dim() and (v.shape != parameter.shape)
+    ]
+    steps = tuple(steps)
+    new: Mapping[str, Any] = {}
+    if odd:
+        warnings.warn(
+            f"{type(optimizer).__name__} state {odd} of '{name}' does not have the parameter's "
+            "shape and starts anew after this edit",
+            stacklevel=2,
+        )
+    else:
+        new = {key: _migrated(key, value, steps, name) for key, value in state.items()}
+    ledger.do(
+        lambda: _set_state(optimizer, parameter, new),
+        lambda: _set_state(optimizer, parameter, state),
+    )
+
+
+def _migrated(key: str, value: Any, steps: tuple[WidthStep, ...], name: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if not value.dim():
+        return value.clone()  # `step` counts in place: the old one must stay what it was
+    fill = "mean" if key in SECOND_MOMENTS else "zero"
+    return resized(value, steps, name, generator=torch.Generator(), fill=fill)
+
+
+def _set_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Any]
+) -> None:
+    if state:
+        optimizer.state[parameter] = state
+    else:
+        optimizer.state.pop(parameter, None)
+
+
+def adopt(
+    ledger: Ledger,
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    neighbour: nn.Parameter | None,
+) -> None:
+    """Put new parameters into the group of their neighbour, right behind it.
+
+    Joining a group, rather than adding one, keeps learning-rate schedulers in step.
+    """
+    group, at = _place_of(optimizer, neighbour)
+    for key, added in (("params", list(named.values())), ("param_names", list(named))):
+        if key in group:
+            _insert(ledger, group[key], at, added)
+
+
+def _place_of(
+    optimizer: torch.optim.Optimizer, neighbour: nn.Parameter | None
+) -> tuple[dict[str, Any], int]:
+    for group in optimizer.param_groups:
+        for position, parameter in enumerate(group["params"]):
+            if parameter is neighbour:
+                return group, position + 1
+    last: dict[str, Any] = optimizer.param_groups[-1]
+    return last, len(last["params"])
+
+
+def _insert(ledger: Ledger, held: list[Any], at: int, added: list[Any]) -> None:
+    old = list(held)
+
+    def write() -> None:
+        held[at:at] = added
+
+    def undo() -> None:
+        held[:] = old
+
+    ledger.do(write, undo)

@@ -1,0 +1,274 @@
+"""The only room that writes on a model: apply a patch as a whole, or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuroexapt.capture.run import named_tensors
+from neuroexapt.couple import AxisMap, map_axes
+from neuroexapt.edit import (
+    Edit,
+    Insertion,
+    Patch,
+    build,
+    free_name,
+    grafted_class,
+    original_class,
+    resized,
+)
+from neuroexapt.errors import GuardError
+from neuroexapt.guard.ledger import Ledger, add_child, set_attribute, set_class, swap
+from neuroexapt.guard.optimizer import adopt, check_optimizer, migrate
+from neuroexapt.guard.verify import behaviour, verify
+
+# Kinds of module that hold flat or sharded copies of parameters, or compiled code for them.
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What an edit did.
+
+    Attributes:
+        edit: the edit.
+        description: one sentence.
+        parameters_before: number of parameters before it.
+        parameters_after: number of parameters after it.
+        max_difference: largest absolute difference of any output on the example input, in
+            evaluation and training mode.
+        seconds: time for planning, writing and verifying.
+    """
+
+    edit: Edit
+    description: str
+    parameters_before: int
+    parameters_after: int
+    max_difference: float
+    seconds: float
+
+
+class Transaction:
+    """A block in which edits are made; see :func:`transaction`."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.model = _inner(model)
+        self.optimizer = optimizer
+        self.ledger = Ledger()
+        check_optimizer(self.model, optimizer)
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.roll_back()
+
+    def apply(
+        self,
+        edit: Edit,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        axes: AxisMap | None = None,
+    ) -> Applied:
+        """Plan, write and verify one edit; an error takes back this edit alone and is raised.
+
+        Args:
+            edit: what to change.
+            args: positional example input, real tensors.
+            kwargs: keyword example input.
+            axes: the model's present map, if the caller has it already.
+
+        Raises:
+            EditError, CaptureError: it cannot be made; nothing was written.
+            GuardError: a live graph or weak reference forbids it; taken back.
+            VerifyError: it was made and failed its check; taken back.
+        """
+        started = time.perf_counter()
+        kwargs = dict(kwargs or {})
+        axes = axes or map_axes(self.model, args, kwargs)
+        patch = edit.plan(axes, named_tensors(self.model))
+        modes = tuple(trace.training for trace in axes.traces)
+        before = behaviour(self.model, args, kwargs, modes)
+        parameters = _count(self.model)
+        own = Ledger()
+        try:
+            write(own, self.model, self.optimizer, patch)
+            difference = verify(self.model, args, kwargs, before, patch.preserves)
+        except BaseException:
+            own.roll_back()
+            raise
+        self.ledger.extend(own)
+        return Applied(
+            edit,
+            patch.description,
+            parameters,
+            _count(self.model),
+            difference,
+            time.perf_counter() - started,
+        )
+
+    def commit(self) -> None:
+        """Keep what was done; old tensors are released."""
+        self.ledger.forget()
+
+    def roll_back(self) -> None:
+        """Take back every edit of this transaction, bit for bit."""
+        self.ledger.roll_back()
+
+
+def transaction(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Transaction:
+    """A block in which edits are made together or not at all.
+
+    Leaving the block by an exception (KeyboardInterrupt too) restores every bit: parameters,
+    buffers, gradients, module tree, attributes, optimizer state and groups. The old tensors are
+    kept by reference, so the extra memory is that of the tensors touched.
+
+    Args:
+        model: the model the user holds; it stays this object.
+        optimizer: the optimizer that trains it; its state follows.
+
+    Raises:
+        GuardError: the model is wrapped for distributed training, or the optimizer is not its.
+
+    Example:
+        >>> from neuroexapt import Widen, transaction
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> try:
+        ...     with transaction(net) as tx:
+        ...         done = tx.apply(Widen("0", to=12), (torch.randn(5, 4),))
+        ...         raise ValueError("changed my mind")
+        ... except ValueError:
+        ...     print(net[0].out_features)
+        8
+    """
+    return Transaction(model, optimizer)
+
+
+def apply(
+    model: nn.Module,
+    edit: Edit,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Applied:
+    """Make one edit: planned, written, verified, and taken back bit for bit if anything fails.
+
+    The model, every surviving parameter and the optimizer stay the same objects, with the same
+    names. New parameters join the optimizer group of their neighbour.
+
+    Args:
+        model: the model, unwrapped.
+        edit: what to change.
+        args: positional example input, real tensors; a batch of 2 or more.
+        kwargs: keyword example input.
+        optimizer: the optimizer that trains the model.
+
+    Raises:
+        NeuroExaptError: the edit was not made; the subclass says why. The model is untouched.
+
+    Example:
+        >>> from neuroexapt import Widen, apply
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(net.parameters())
+        >>> done = apply(net, Widen("0", by=0.5), (torch.randn(5, 4),), optimizer=optimizer)
+        >>> done.parameters_before, done.parameters_after
+        (58, 86)
+    """
+    with transaction(model, optimizer) as tx:
+        return tx.apply(edit, args, kwargs)
+
+
+def write(
+    ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer | None, patch: Patch
+) -> None:
+    """Carry out a patch. The one place where parameters, modules and optimizers change."""
+    named = named_tensors(model)
+    done: set[int] = set()
+    for number, name in enumerate(patch.tensors):
+        if id(named[name]) not in done:  # a tied tensor goes by its first name
+            done.add(id(named[name]))
+            _write_tensor(ledger, optimizer, named[name], name, patch, number)
+    for edit in patch.attributes:
+        set_attribute(ledger, model.get_submodule(edit.module), edit.name, edit.value)
+    for insertion in patch.insertions:
+        _insert(ledger, model, optimizer, insertion)
+
+
+def _write_tensor(
+    ledger: Ledger,
+    optimizer: torch.optim.Optimizer | None,
+    tensor: Tensor,
+    name: str,
+    patch: Patch,
+    number: int,
+) -> None:
+    # A generator of its own keeps the user's random state as it is.
+    generator = torch.Generator().manual_seed(number)
+    data = resized(tensor, patch.steps, name, generator=generator)
+    new: Tensor = data
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(data, requires_grad=tensor.requires_grad)
+        if tensor.grad is not None:
+            new.grad = resized(tensor.grad, patch.steps, name, generator=generator, fill="zero")
+        if optimizer is not None:
+            migrate(ledger, optimizer, tensor, patch.steps, name)
+    swap(ledger, tensor, new, name)
+
+
+def _insert(
+    ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer | None, insertion: Insertion
+) -> None:
+    module = model.get_submodule(insertion.module)
+    if "forward" in vars(module):
+        raise GuardError(
+            insertion.module,
+            seen="a forward that was replaced on this instance",
+            needed="a forward that belongs to the module's class",
+            next_step="insert at a child of this module",
+        )
+    near = dict(model.named_parameters()).get(insertion.neighbour or "")
+    branch = build(insertion.spec)
+    if near is not None:
+        branch = branch.to(device=near.device, dtype=near.dtype)
+    branch.train(module.training)
+    child = free_name(module, insertion.child)
+    add_child(ledger, module, child, branch)
+    set_class(ledger, module, grafted_class(original_class(module)))
+    if optimizer is not None:
+        prefix = f"{insertion.module}.{child}".lstrip(".")
+        added = {f"{prefix}.{name}": p for name, p in branch.named_parameters()}
+        adopt(ledger, optimizer, added, near)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The module to edit: the one inside a compiled wrapper; other wrappers are refused."""
+    kind = type(model).__name__
+    if kind in _WRAPPERS or isinstance(model, torch.jit.ScriptModule):
+        raise GuardError(
+            kind,
+            seen="a wrapped or scripted model",
+            needed="the module itself",
+            next_step="edit the inner module (model.module) on every rank, then wrap it again",
+        )
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

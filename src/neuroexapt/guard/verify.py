@@ -1,0 +1,204 @@
+"""Is the edited model still a model, and does it keep the promise the edit made?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neuroexapt.capture.run import capture_both, opened, restored
+from neuroexapt.errors import CaptureError, VerifyError
+
+# Largest relative difference of outputs that still counts as the same function.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+class _WithoutChance(TorchDispatchMode):
+    """Random operators return their mean, so that two models can be compared in training mode.
+
+    Dropout keeps everything; noise is zero, a uniform draw one half.
+    """
+
+    _MEANS: ClassVar = {
+        "aten::rand_like": 0.5,
+        "aten::rand": 0.5,
+        "aten::randn_like": 0.0,
+        "aten::randn": 0.0,
+    }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name == "aten::bernoulli_" and not isinstance(_second(args, kwargs), Tensor):
+            return args[0].fill_(_second(args, kwargs))
+        if name == "aten::native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        result = func(*args, **kwargs)
+        return result.fill_(self._MEANS[name]) if name in self._MEANS else result
+
+
+def _second(args: Any, kwargs: Mapping[str, Any]) -> Any:
+    return args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model does on one batch.
+
+    Attributes:
+        outputs: floating-point outputs in evaluation and (if it runs there) training mode.
+        shapes: shapes of all outputs.
+        identities: parameter and buffer names to object ids (tied names share one).
+        kinds: names to dtype and device.
+    """
+
+    outputs: Mapping[bool, tuple[Tensor, ...]]
+    shapes: Mapping[bool, tuple[tuple[int, ...], ...]]
+    identities: Mapping[str, int]
+    kinds: Mapping[str, tuple[torch.dtype, torch.device]]
+
+
+def behaviour(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], modes: tuple[bool, ...]
+) -> Behaviour:
+    """Run the real model in the given modes; buffers, flags and random states are untouched."""
+    outputs, shapes = {}, {}
+    for training in modes:
+        tensors = _forward(model, args, kwargs, training)
+        outputs[training] = tuple(t for t in tensors if t.is_floating_point())
+        shapes[training] = tuple(tuple(t.shape) for t in tensors)
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    return Behaviour(
+        outputs,
+        shapes,
+        {name: id(tensor) for name, tensor in named.items()},
+        {name: (tensor.dtype, tensor.device) for name, tensor in named.items()},
+    )
+
+
+def _forward(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool
+) -> list[Tensor]:
+    # Batch norm updates its buffers in training mode: it gets copies.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with restored(model, training), torch.no_grad(), _WithoutChance():  # type: ignore[no-untyped-call]
+        copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
+        result = functional_call(model, buffers, copies[0], copies[1])
+    return [leaf for leaf in opened(result) if isinstance(leaf, Tensor)]
+
+
+def verify(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    before: Behaviour,
+    preserves: str,
+) -> float:
+    """Check an edited model against what it did before; return the largest output difference.
+
+    Runs it on fake tensors (shapes), then on the real batch (the promise), then backward once
+    (finite gradients); surviving parameters must be the same objects of the same kind.
+
+    Raises:
+        VerifyError: the first check that fails.
+    """
+    _check_shapes(model, args, kwargs, before)
+    after = behaviour(model, args, kwargs, tuple(before.outputs))
+    _check_survivors(before, after)
+    difference, relative, place = _difference(before, after)
+    if preserves == "exact":
+        _check_promise(relative, place, before)
+    _check_gradients(model, args, kwargs, after)
+    return difference
+
+
+def _fail(place: str, seen: str, needed: str) -> VerifyError:
+    return VerifyError(
+        place,
+        seen=seen,
+        needed=needed,
+        next_step="nothing: the model is as it was before; choose another place or size, and "
+        "report this if the edit should have worked",
+    )
+
+
+def _check_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], before: Behaviour
+) -> None:
+    try:
+        traces = capture_both(model, args, kwargs)
+    except CaptureError as error:
+        raise _fail(error.place, error.seen, "a forward that runs after the edit") from error
+    for trace in traces:
+        shapes = tuple(ref.shape for ref in trace.outputs)
+        if trace.training in before.shapes and shapes != before.shapes[trace.training]:
+            raise _fail(
+                "output", f"shapes {shapes}", f"shapes {before.shapes[trace.training]} as before"
+            )
+
+
+def _check_survivors(before: Behaviour, after: Behaviour) -> None:
+    for name, identity in before.identities.items():
+        if after.identities.get(name) != identity:
+            raise _fail(name, "another object or none", "the same parameter object as before")
+        if after.kinds[name] != before.kinds[name]:
+            raise _fail(name, f"{after.kinds[name]}", f"{before.kinds[name]} as before")
+
+
+def _difference(before: Behaviour, after: Behaviour) -> tuple[float, float, str]:
+    """Largest absolute and relative difference, and the mode of the latter."""
+    absolute, relative, place = 0.0, 0.0, "evaluation mode"
+    for training, outputs in before.outputs.items():
+        for old, new in zip(outputs, after.outputs[training], strict=True):
+            if not old.numel():
+                continue
+            gap = float((old.double() - new.double()).abs().nan_to_num(nan=0.0).max())
+            scale = max(1.0, float(old.double().abs().nan_to_num(nan=0.0).max()))
+            absolute = max(absolute, gap)
+            if gap / scale > relative:
+                relative, place = gap / scale, f"{'training' if training else 'evaluation'} mode"
+    return absolute, relative, place
+
+
+def _check_promise(relative: float, place: str, before: Behaviour) -> None:
+    dtypes = {out.dtype for outputs in before.outputs.values() for out in outputs}
+    allowed = max((TOLERANCE.get(dtype, 3e-2) for dtype in dtypes), default=0.0)
+    if relative > allowed:
+        raise _fail(
+            f"output in {place}",
+            f"a relative difference of {relative:.2e}",
+            f"at most {allowed:.0e}, as this edit promises to keep the function",
+        )
+
+
+def _check_gradients(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], after: Behaviour
+) -> None:
+    """One backward on stand-ins for the parameters: the real ones get no graph and no gradient."""
+    training = max(after.outputs)
+    outputs = after.outputs[training]
+    if not outputs or not all(out.isfinite().all() for out in outputs):
+        return  # what was not finite before is not for this edit to answer
+    stand_ins = {
+        name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad
+    }
+    copies = {**stand_ins, **{n: b.clone() for n, b in model.named_buffers()}}
+    with restored(model, training), torch.enable_grad(), _WithoutChance():  # type: ignore[no-untyped-call]
+        result = functional_call(model, copies, args, dict(kwargs))
+        leaves = [t for t in opened(result) if isinstance(t, Tensor) and t.requires_grad]
+        if not leaves:
+            return
+        loss = torch.stack([leaf.double().square().mean() for leaf in leaves]).sum()
+        grads = torch.autograd.grad(loss, list(stand_ins.values()), allow_unused=True)
+    for name, grad in zip(stand_ins, grads, strict=True):
+        if grad is not None and not grad.isfinite().all():
+            raise _fail(name, "a gradient that is not finite", "finite gradients")

@@ -1,0 +1,82 @@
+"""What a model does with information, and what it costs: numbers with unit, error and samples.
+
+Read `base` first: a `Reading`, and `undisturbed`, the law that measuring changes nothing. Then
+`sampling` (the one place that sees gradients and activations), and one file per signal:
+
+- `rank`: directions in use, copies, dead units
+- `redundancy`: what the other units already say
+- `removal`: what removing a unit would cost, in nats
+- `growth`: what new parameters would earn, in nats
+- `trend`: is the loss still falling; the generalisation gap
+- `holdout`: the loss on held-out batches, the judge of every change
+- `cost`: parameters, FLOPs, bytes
+
+Signals propose and order; a measured held-out loss decides.
+"""
+
+from neuroexapt.measure.base import (
+    Batch,
+    HoldoutScore,
+    LossFn,
+    Reading,
+    batch_size_of,
+    undisturbed,
+)
+from neuroexapt.measure.cost import (
+    LayerRow,
+    count_flops,
+    count_parameters,
+    layers,
+    tensor_bytes,
+)
+from neuroexapt.measure.growth import growth_gain, noise_corrected_norm
+from neuroexapt.measure.holdout import evaluate
+from neuroexapt.measure.rank import (
+    dead_units,
+    duplicate_units,
+    effective_rank,
+    read_dead_units,
+    read_duplicate_units,
+    read_effective_rank,
+)
+from neuroexapt.measure.redundancy import read_redundancy, unit_redundancy
+from neuroexapt.measure.removal import removal_loss
+from neuroexapt.measure.sampling import activations, gradients
+from neuroexapt.measure.trend import (
+    Trend,
+    generalisation_gap,
+    plateau_slope,
+    read_plateau_slope,
+)
+
+__all__ = [
+    "Batch",
+    "HoldoutScore",
+    "LayerRow",
+    "LossFn",
+    "Reading",
+    "Trend",
+    "activations",
+    "batch_size_of",
+    "count_flops",
+    "count_parameters",
+    "dead_units",
+    "duplicate_units",
+    "effective_rank",
+    "evaluate",
+    "generalisation_gap",
+    "gradients",
+    "growth_gain",
+    "layers",
+    "noise_corrected_norm",
+    "plateau_slope",
+    "read_dead_units",
+    "read_duplicate_units",
+    "read_effective_rank",
+    "read_plateau_slope",
+    "read_redundancy",
+    "removal_loss",
+    "tensor_bytes",
+    "undisturbed",
+    "unit_redundancy",
+]
