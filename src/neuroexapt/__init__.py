@@ -8,13 +8,18 @@ from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.edit import InsertConv, InsertResidual, Narrow, Widen
 from neuroexapt.errors import NeuroExaptError
 from neuroexapt.guard import apply, transaction
+from neuroexapt.plan import Budget, Settings
+from neuroexapt.train import Evolver
 
 __all__ = [
     "AxisMap",
+    "Budget",
+    "Evolver",
     "InsertConv",
     "InsertResidual",
     "Narrow",
     "NeuroExaptError",
+    "Settings",
     "Widen",
     "apply",
     "map_axes",

@@ -31,6 +31,7 @@ from neuroexapt.measure import (
     read_plateau_slope,
     read_redundancy,
     removal_loss,
+    slopes,
     unit_redundancy,
 )
 
@@ -230,21 +231,43 @@ def test_the_removal_error_is_the_spread_over_samples() -> None:
 # --- growth ----------------------------------------------------------------------------------
 
 
-def test_growth_gain_of_a_quadratic_is_half_g_squared_over_fisher() -> None:
-    """New inputs of a regression, still at weight 0, promise 1/2 w^2 / F with F known exactly."""
-    weights_P = torch.tensor([0.3, 0.1, 0.0])
-    model = nn.Linear(3, 1, bias=False)
+def test_growth_gain_of_one_weight_is_half_g_squared_over_fisher() -> None:
+    """A new input of a regression, still at weight 0, promises 1/2 w^2 / F with F known exactly."""
+    model = nn.Linear(1, 1, bias=False)
     model.weight.data.zero_()
-    rows = gradients(model, squared_loss, regression(weights_P.tolist(), 256, 64))
+    rows = gradients(model, squared_loss, regression([0.3], 256, 64))
     gradients_MP = torch.stack([row["weight"].flatten() for row in rows])
-    # Of x_p (x . w + noise), Gaussian x: E[x_p^2 (x . w + noise)^2] = |w|^2 + 1 + 2 w_p^2.
-    fisher_P = weights_P.square().sum() + 1 + 2 * weights_P.square()
-    expected = float(0.5 * (weights_P.square() / fisher_P).sum())
-    gain, error = growth_gain(gradients_MP, 64, damping=0.0)
-    assert gain == pytest.approx(expected, rel=0.05)
+    # Of x (x w + noise), Gaussian x: E[x^2 (x w + noise)^2] = 3 w^2 + 1.
+    expected = 0.5 * 0.3**2 / (3 * 0.3**2 + 1)
+    gain, error = growth_gain(gradients_MP, 64)
+    assert gain == pytest.approx(expected, rel=0.1)
     assert abs(gain - expected) < 4 * error
-    damped = float(0.5 * (weights_P.square() / (fisher_P + fisher_P.mean())).sum())
-    assert growth_gain(gradients_MP, 64, damping=1.0)[0] == pytest.approx(damped, rel=0.05)
+
+
+def test_growth_gain_of_alike_weights_is_that_of_their_common_direction() -> None:
+    """Gradients g + noise of unit variance in 50 equal coordinates: 1/2 |g|^2 / (1 + |g|^2)."""
+    gradients_MP = 0.05 + normal(65536, 50)
+    square = 50 * 0.05**2
+    gain, _ = growth_gain(gradients_MP, 1)
+    assert gain == pytest.approx(0.5 * square / (1 + square), rel=0.1)
+
+
+def test_growth_gain_is_bounded_however_many_weights_say_the_same() -> None:
+    """10,000 copies of one certain gradient promise what one does: at most half a nat."""
+    one = 1.0 + 0.01 * normal(16, 1)
+    single = growth_gain(one, 4)[0]
+    assert growth_gain(one.expand(16, 10_000), 4)[0] == pytest.approx(single, abs=1e-6)
+    assert single <= 0.5
+
+
+def test_what_the_existing_weights_would_earn_as_well_is_taken_off() -> None:
+    """A candidate that repeats the existing slope earns nothing; an independent one keeps its."""
+    old, new = normal(64, 1, seed=1) + 1.0, normal(64, 1, seed=2) + 1.0
+    beside = slopes(old, 1)
+    assert growth_gain(old, 1, beside_M=beside)[0] == pytest.approx(0.0, abs=0.01)
+    # Slopes 1 + noise each: of s=1 remains 1/2, of f=2 remains 2 - 1/2.
+    expected = 0.5 * 0.5**2 / 1.5
+    assert growth_gain(new, 1, beside_M=beside)[0] == pytest.approx(expected, rel=0.6)
 
 
 def test_growth_gain_does_not_depend_on_the_scale_of_the_block() -> None:
@@ -386,6 +409,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "infinite gradient": lambda: removal_loss(torch.full((4, 3), math.inf), 8),
     "three micro-batches for a gain": lambda: growth_gain(torch.zeros(3, 3), 8),
     "growth at batch size 0": lambda: growth_gain(torch.zeros(4, 3), 0),
+    "slopes of other batches": lambda: growth_gain(normal(4, 3), 8, beside_M=torch.zeros(5)),
     "negative damping": lambda: growth_gain(torch.zeros(4, 3), 8, damping=-1.0),
     "norm of two micro-batches": lambda: noise_corrected_norm(torch.zeros(2, 3)),
     "slope of two points": lambda: plateau_slope([1.0, 2.0]),

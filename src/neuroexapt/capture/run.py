@@ -35,6 +35,7 @@ from neuroexapt.errors import CaptureError
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent.parent)
+_HERE = str(Path(__file__).parent)
 # Ids are unique over all runs of a process, so that refs of two runs never meet.
 _SERIALS = itertools.count()
 
@@ -141,7 +142,7 @@ def _user_line() -> Source | None:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_OURS) and not file.startswith(str(Path(_OURS, "capture"))):
+        if file.startswith(_OURS) and not file.startswith(_HERE):
             return None
         if not file.startswith((_TORCH, _OURS, "<")) and file != contextlib.__file__:
             return Source(file, frame.f_lineno)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ class TensorRef:
     """A tensor met during the run. Two refs are the same tensor exactly if their ids agree."""
 
     id: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    shape: tuple[int, ...] = field(compare=False)
+    dtype: torch.dtype = field(compare=False)
 
 
 @dataclass(frozen=True)

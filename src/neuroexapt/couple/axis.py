@@ -61,11 +61,12 @@ def find(axis: Axis) -> Axis:
 
 def atoms(axis: Axis) -> Iterator[Axis]:
     """The atoms of an axis in order, repeated as often as they occur."""
-    axis = find(axis)
-    if axis.form == "atom":
-        yield axis
-    for part in axis.parts:
-        yield from atoms(part)
+    rest = [axis]  # a stack rather than a recursion: cat after cat nests deep
+    while rest:
+        axis = find(rest.pop())
+        if axis.form == "atom":
+            yield axis
+        rest.extend(reversed(axis.parts))
 
 
 def pin(axis: Axis, reason: str) -> None:
@@ -95,16 +96,18 @@ def product(parts: Iterable[Axis]) -> Axis:
 
 
 def concat(parts: Sequence[Axis]) -> Axis:
-    """The sum of segments in order; a single segment is itself.
+    """The sum of segments in order; a single segment is itself, a sum gives its own segments.
 
     Example:
         >>> concat([Axis(3), Axis(4)])
         (3+4)
     """
-    kept = [part for part in parts if part.size]
+    kept = [find(part) for part in parts if part.size]
     if len(kept) == 1:
         return kept[0]
-    return Axis(sum(part.size for part in kept), "sum", tuple(kept))
+    # Flat, since cat after cat would nest as deep as the model.
+    flat = [piece for part in kept for piece in (part.parts if part.form == "sum" else (part,))]
+    return Axis(sum(piece.size for piece in flat), "sum", tuple(flat))
 
 
 def factors(axis: Axis) -> list[Axis]:
@@ -131,6 +134,8 @@ def segments(axis: Axis) -> list[Axis]:
 def split(axis: Axis, outer: int) -> tuple[Axis, Axis]:
     """Refine an axis of size n into a product (outer, n/outer) and return both factors.
 
+    A factor of size 1 is made beside the axis, not inside it, and must keep its size.
+
     Raises:
         Mismatch: n is not a multiple of ``outer``, or a segment boundary forbids it.
     """
@@ -138,6 +143,9 @@ def split(axis: Axis, outer: int) -> tuple[Axis, Axis]:
     if axis.size % outer:
         raise Mismatch(f"{axis.size} is not a multiple of {outer}")
     inner = axis.size // outer
+    if outer == 1 or inner == 1:
+        single = Axis(1, pin="a single position beside other factors")
+        return (single, axis) if outer == 1 else (axis, single)
     if axis.form == "product":
         return _split_product(axis, outer)
     if axis.form == "atom":
@@ -218,7 +226,8 @@ def boundaries(axis: Axis) -> list[int]:
 def unify(a: Axis, b: Axis) -> None:
     """Make two axes one. Pins of either side hold for both.
 
-    The result does not depend on the order in which a consistent set of axes is unified.
+    The result does not depend on the order in which a consistent set of axes is unified (with
+    segments of size 1 some orders may raise where others find it; none finds another).
 
     Raises:
         Mismatch: sizes differ or no common refinement exists; what was refined stays refined.
@@ -260,10 +269,11 @@ def _link(a: Axis, b: Axis) -> None:
 
 
 def _nodes(axis: Axis) -> Iterator[Axis]:
-    axis = find(axis)
-    yield axis
-    for part in axis.parts:
-        yield from _nodes(part)
+    rest = [axis]
+    while rest:
+        axis = find(rest.pop())
+        yield axis
+        rest.extend(axis.parts)
 
 
 def _unify_products(a: Axis, b: Axis) -> None:

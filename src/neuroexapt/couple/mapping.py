@@ -74,8 +74,14 @@ def _notes(traces: tuple[Trace, ...]) -> tuple[str, ...]:
 
 def _scales(prober: Prober) -> None:
     """Find the dot products whose result is divided by the square root of the width."""
-    draft = prober.draft
-    moving = prober.scaled_modules()
-    for number, mix in enumerate(draft.mixes):
-        if mix.kind == "dot" and mix.data["scale"] == "free" and mix.module in moving:
-            draft.mixes[number] = replace(mix, data={**mix.data, "scale": "inverse_sqrt"})
+    mixes = prober.draft.mixes
+    open_dots = [
+        number
+        for number, mix in enumerate(mixes)
+        if mix.kind == "dot" and mix.data["scale"] == "free"
+    ]
+    moving = prober.scaled_modules() if open_dots else set()
+    for number in open_dots:
+        mix = mixes[number]
+        if mix.module in moving:
+            mixes[number] = replace(mix, data={**mix.data, "scale": "inverse_sqrt"})

@@ -126,10 +126,11 @@ class Prober:
             calls, failure = other.calls, ""
         except RunFailure as stopped:
             calls, failure = stopped.calls, str(stopped)
+        free = set(self.free_atoms())
         for index, (call, new) in enumerate(zip(trace.calls, calls, strict=False)):
             if call.op != new.op or len(call.outputs) != len(new.outputs):
                 return self._blame(number, index, f"{new.op} took the place of {call.op}")
-            wrong = self._wrong_axes(call, new, sizes)
+            wrong = self._wrong_axes(call, new, sizes, free)
             if wrong:
                 return Conflict(number, index, tuple(wrong), "another size came out")
         if len(calls) != len(trace.calls) or failure:
@@ -137,21 +138,21 @@ class Prober:
             return self._blame(number, last, failure or "another number of operators ran")
         return None
 
-    def _wrong_axes(self, call: Call, new: Call, sizes: Mapping[Axis, int]) -> list[Axis]:
+    def _wrong_axes(
+        self, call: Call, new: Call, sizes: Mapping[Axis, int], free: set[Axis]
+    ) -> list[Axis]:
         wrong = []
         for ref, got in zip(call.outputs, new.outputs, strict=True):
             dims = self.draft.dims[ref]
             if len(got.shape) != len(dims):
                 return list(dims)
             for axis, size in zip(dims, got.shape, strict=True):
-                if size != predicted(axis, sizes) and self._is_bound_to_parameters(axis):
+                # A size that user code computes and no parameter or contract has may be any.
+                if size != predicted(axis, sizes) and all(
+                    atom.pin or atom in free for atom in algebra.atoms(axis)
+                ):
                     wrong.append(axis)
         return wrong
-
-    def _is_bound_to_parameters(self, axis: Axis) -> bool:
-        """False for a size that user code computes and that no parameter or contract has."""
-        free = set(self.free_atoms())
-        return all(atom.pin or atom in free for atom in algebra.atoms(axis))
 
     def _blame(self, number: int, index: int, detail: str) -> Conflict:
         call = self.traces[number].calls[index]
@@ -160,16 +161,17 @@ class Prober:
     def _resolve(self, conflict: Conflict) -> None:
         call = self.traces[conflict.trace].calls[conflict.call]
         free = self.free_atoms()
+        is_free = set(free)
         seen = dict.fromkeys(a for axis in conflict.axes for a in algebra.atoms(axis))
-        suspects = [atom for atom in seen if atom in set(free)]
+        suspects = [atom for atom in seen if atom in is_free]
         for bind in self._candidate_binds(call, conflict):
             # The other suspects rest meanwhile: each may need an attribute of its own.
             others = [a for a in suspects if a not in set(algebra.atoms(bind.axes[0]))]
             if self._helps(conflict, held=others, binds=[bind]):
-                self._bind_alike(call, bind)
+                self._bind_alike(call, bind, is_free)
                 return
         for culprit in self._culprits(conflict, suspects) or self._culprits(conflict, free) or free:
-            self._pin_alike(call, culprit, conflict.detail)
+            self._pin_alike(call, culprit, conflict.detail, is_free)
 
     def _culprits(self, conflict: Conflict, atoms: list[Axis]) -> list[Axis]:
         """A minimal part of these atoms that removes the conflict if held (delta debugging)."""
@@ -204,28 +206,31 @@ class Prober:
                         if axis.size == value:
                             yield Bind(path, name, (axis,))
 
-    def _bind_alike(self, call: Call, bind: Bind) -> None:
+    def _bind_alike(self, call: Call, bind: Bind, free: set[Axis]) -> None:
         """Bind here, and in every module that runs the same line with the same number."""
         self.draft.binds.append(bind)
         kind = type(self.model.get_submodule(bind.module))
         depth = call.module.count(".") - bind.module.count(".") if bind.module else None
-        place = self._place_in(call, bind.axes[0])
+        place = self._place_in(call, bind.axes[0], free)
+        bound = {(known.module, known.attribute) for known in self.draft.binds}
         for other in self._same_line(call):
             path = "" if depth is None else ".".join(other.module.split(".")[: -depth or None])
-            axis = self._at(other, place)
+            if (path, bind.attribute) in bound:
+                continue
+            axis = self._at(other, place, free)
             module = self.model.get_submodule(path)
-            known = any((b.module, b.attribute) == (path, bind.attribute) for b in self.draft.binds)
-            if axis is None or known or type(module) is not kind:
+            if axis is None or type(module) is not kind:
                 continue
             if getattr(module, bind.attribute) == axis.size:
                 self.draft.binds.append(Bind(path, bind.attribute, (axis,)))
+                bound.add((path, bind.attribute))
 
-    def _pin_alike(self, call: Call, suspect: Axis, detail: str) -> None:
+    def _pin_alike(self, call: Call, suspect: Axis, detail: str, free: set[Axis]) -> None:
         """Pin here, and in every other run of the same line."""
-        place = self._place_in(call, suspect)
+        place = self._place_in(call, suspect, free)
         algebra.pin(suspect, _reason(call, detail))
         for other in self._same_line(call):
-            axis = self._at(other, place)
+            axis = self._at(other, place, free)
             if axis is not None:
                 algebra.pin(axis, _reason(other, detail))
 
@@ -236,18 +241,18 @@ class Prober:
                     if (other.op, other.source) == (call.op, call.source):
                         yield other
 
-    def _place_in(self, call: Call, axis: Axis) -> tuple[int, int] | None:
+    def _place_in(self, call: Call, axis: Axis, free: set[Axis]) -> tuple[int, int] | None:
         for number, candidate in enumerate(call_axes(call, self.draft)):
-            for depth, part in enumerate(_sizes_in([candidate], set(self.free_atoms()))):
+            for depth, part in enumerate(_sizes_in([candidate], free)):
                 if find(part) is find(axis):
                     return number, depth
         return None
 
-    def _at(self, call: Call, place: tuple[int, int] | None) -> Axis | None:
+    def _at(self, call: Call, place: tuple[int, int] | None, free: set[Axis]) -> Axis | None:
         axes = call_axes(call, self.draft)
         if place is None or place[0] >= len(axes):
             return None
-        parts = _sizes_in([axes[place[0]]], set(self.free_atoms()))
+        parts = _sizes_in([axes[place[0]]], free)
         return parts[place[1]] if place[1] < len(parts) else None
 
 

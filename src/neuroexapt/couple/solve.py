@@ -131,21 +131,16 @@ def _unknown(site: Site) -> None:
 
 
 def _bind_fields(model: nn.Module, draft: Draft) -> None:
+    found: dict[Bind, None] = {}
     for path, module in model.named_modules():
         for kind, rows in FIELDS.items():
             if isinstance(module, kind):
                 for attribute, (tensor, dim) in rows.items():
-                    _bind_field(draft, path, attribute, f"{path}.{tensor}".lstrip("."), dim)
-
-
-def _bind_field(draft: Draft, path: str, attribute: str, tensor: str, dim: int) -> None:
-    bind = (
-        Bind(path, attribute, draft.parameters[tensor][dim : dim + 1])
-        if (tensor in draft.parameters)
-        else None
-    )
-    if bind is not None and bind not in draft.binds:
-        draft.binds.append(bind)
+                    dims = draft.parameters.get(f"{path}.{tensor}".lstrip("."))
+                    if dims is not None:
+                        found[Bind(path, attribute, dims[dim : dim + 1])] = None
+    known = set(draft.binds)
+    draft.binds += [bind for bind in found if bind not in known]
 
 
 def call_axes(call: Call, draft: Draft) -> list[Axis]:

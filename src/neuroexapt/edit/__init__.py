@@ -6,7 +6,7 @@ decides) and one edit, :mod:`neuroexapt.edit.narrow`. Nothing in this room write
 
 from neuroexapt.edit.base import Edit
 from neuroexapt.edit.branches import BranchSpec, Gate, build
-from neuroexapt.edit.graft import free_name, grafted_class, original_class
+from neuroexapt.edit.graft import free_name, grafted_class, is_branch, original_class
 from neuroexapt.edit.insert import InsertConv, InsertResidual
 from neuroexapt.edit.narrow import Narrow, group_norm
 from neuroexapt.edit.patch import AttributeEdit, DimEdit, Insertion, Patch, Scaling, WidthStep
@@ -31,6 +31,7 @@ __all__ = [
     "free_name",
     "grafted_class",
     "group_norm",
+    "is_branch",
     "original_class",
     "resized",
     "unit_sums",

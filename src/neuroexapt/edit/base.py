@@ -50,7 +50,7 @@ def found_widths(axes: AxisMap, at: str) -> tuple[tuple[Width, ...], list[EditEr
         return (), [error]
 
 
-def units_of(place: str, amount: int | float, size: int) -> int:
+def units_of(place: str, amount: int | float | None, size: int) -> int:
     """A number of units from a count or a fraction of the size; at least one.
 
     Raises:
@@ -60,20 +60,30 @@ def units_of(place: str, amount: int | float, size: int) -> int:
         >>> units_of("fc1", 0.25, 10), units_of("fc1", 3, 10)
         (2, 3)
     """
-    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not amount > 0:
+    number = 0 if amount is None or isinstance(amount, (bool, str)) else amount
+    if not isinstance(number, (int, float)) or not 0 < number < float("inf"):
         raise EditError(
             place,
             seen=f"by={amount!r}",
             needed="a positive number of units (int) or a positive fraction (float)",
             next_step="use by=8 for eight units or by=0.25 for a quarter",
         )
-    return amount if isinstance(amount, int) else max(1, int(amount * size + 1e-9))
+    return number if isinstance(number, int) else max(1, int(number * size + 1e-9))
 
 
 def one_of_to_and_by(place: str, to: int | None, by: int | float | None) -> list[EditError]:
-    """An error unless exactly one of both is given."""
+    """An error unless exactly one of both is given, and ``to`` is a whole number."""
     if (to is None) != (by is None):
-        return []
+        if to is None or (isinstance(to, int) and not isinstance(to, bool)):
+            return []
+        return [
+            EditError(
+                place,
+                seen=f"to={to!r}",
+                needed="a whole number of units",
+                next_step="use to=8, or by=0.5 for a fraction of the present size",
+            )
+        ]
     return [
         EditError(
             place,

@@ -43,7 +43,7 @@ class Gate(nn.Module):
 
     Example:
         >>> gate = Gate(3, spatial=2)
-        >>> float(gate(torch.ones(2, 3, 4, 4)).abs().sum())
+        >>> gate(torch.ones(2, 3, 4, 4)).abs().sum().item()
         0.0
     """
 

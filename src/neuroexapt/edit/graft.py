@@ -71,7 +71,7 @@ def _forward_of(kind: type[nn.Module]) -> Any:
         out: Tensor = original(self, *args, **kwargs)
         for name, child in self._modules.items():
             if name.startswith(SKIP) and child is not None:
-                out = out + child(args[0])
+                out = out + child(args[0] if args else next(iter(kwargs.values())))
             elif name.startswith(AFTER) and child is not None:
                 out = out + child(out)
         return out
@@ -81,7 +81,8 @@ def _forward_of(kind: type[nn.Module]) -> Any:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     # A generated class cannot be found by name: pickle and copy rebuild it from the original.
-    return _bare, (original_class(self),), self.__dict__
+    state = getattr(self, "__getstate__", lambda: self.__dict__)()  # on object since 3.11
+    return _bare, (original_class(self),), state
 
 
 def _bare(kind: type[nn.Module]) -> nn.Module:

@@ -14,6 +14,8 @@ from neuroexapt.edit.graft import AFTER, SKIP
 from neuroexapt.edit.patch import Insertion, Patch
 from neuroexapt.errors import EditError
 
+ROOT = "the whole model"  # how messages call the place ""
+
 
 @dataclass(frozen=True)
 class Door:
@@ -54,11 +56,9 @@ class InsertResidual(Edit):
         >>> from neuroexapt import InsertResidual, apply
         >>> net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2)))
         >>> done = apply(net, InsertResidual("0"), args=(torch.randn(2, 3, 8, 8),))
-        >>> net[0].nx_skip
-        Sequential(
-          (0): Conv2d(3, 8, kernel_size=(1, 1), stride=(2, 2))
-          (1): BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
-        )
+        >>> convolution, norm = net[0].nx_skip
+        >>> convolution, norm.num_features
+        (Conv2d(3, 8, kernel_size=(1, 1), stride=(2, 2)), 8)
 
     He et al. 2016; zero gate as in Bachlechner et al. 2021 (ReZero) and Goyal et al. 2017.
     """
@@ -113,7 +113,7 @@ class InsertResidual(Edit):
             if all(strides):
                 return tuple(s for s in strides if s)
         raise EditError(
-            self.span,
+            self.span or ROOT,
             seen=f"input {source.sizes}, output {target.sizes}",
             needed="an output that a strided 1x1 projection of the input can reach",
             next_step="choose a span whose spatial sizes divide, one without flatten or reshape",
@@ -168,17 +168,17 @@ class InsertConv(Edit):
         return Patch(self, "exact", text, insertions=(insertion,))
 
     def _spec(self, axes: AxisMap) -> BranchSpec:
-        if self.kernel < 1 or self.kernel % 2 == 0:
+        if type(self.kernel) is not int or self.kernel < 1 or self.kernel % 2 == 0:
             raise EditError(
-                self.after,
-                seen=f"kernel={self.kernel}",
+                self.after or ROOT,
+                seen=f"kernel={self.kernel!r}",
                 needed="an odd kernel size, so that the output keeps its size",
                 next_step="use kernel=3",
             )
         door = _door(axes, self.after, "output")
         if not 1 <= len(door.space) <= 3:
             raise EditError(
-                self.after,
+                self.after or ROOT,
                 seen=f"output {door.sizes} with channels in dimension {door.channel}",
                 needed="an output (N, C, ...) with one to three spatial dimensions",
                 next_step="insert behind a convolution, its norm or its activation",
@@ -209,13 +209,16 @@ def _door(axes: AxisMap, path: str, end: str) -> Door:
     if path not in axes.modules:
         axes.find(path)  # raises with near names
         raise EditError(
-            path, seen="a width", needed="a module path", next_step="name the module that makes it"
+            path or ROOT,
+            seen="a width",
+            needed="a module path",
+            next_step="name the module that makes it",
         )
     module = axes.modules[path]
     tensors = module.inputs if end == "input" else module.outputs
     if len(tensors) != 1:
         raise EditError(
-            path,
+            path or ROOT,
             seen=f"{len(tensors)} tensors as {end}",
             needed=f"one tensor as {end}",
             next_step="choose a module with a single input and output",
@@ -231,7 +234,7 @@ def _channel_dim(axes: AxisMap, path: str, dims: Sequence[Expr]) -> int:
             if dim and any(role in _roles(axes, leaf.name) for leaf in leaves(expr)):
                 return dim
     raise EditError(
-        path,
+        path or ROOT,
         seen=f"shape {tuple(size_of(expr, {}) for expr in dims)}, no dimension made by a layer",
         needed="a dimension of channels or features",
         next_step="choose a module behind a convolution or linear layer",
@@ -250,7 +253,8 @@ def neighbour(axes: AxisMap, path: str) -> str | None:
 
     The last one inside it, else the last one that stands before it in the model.
     """
-    inside = [name for name in axes.parameters if name.startswith(f"{path}.")]
+    prefix = f"{path}." if path else ""
+    inside = [name for name in axes.parameters if name.startswith(prefix)]
     if inside:
         return inside[-1]
     order = list(axes.modules)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from neuroexapt.couple import AxisMap, Width
@@ -61,6 +62,7 @@ class Narrow(Edit):
         problems = one_of_to_and_by(self.at, self.to, self.by)
         widths, missing = found_widths(axes, self.at)
         problems += missing
+        problems += [_no_width(name) for name in self.scores if name not in axes.widths]
         for width in widths if not problems else ():
             try:
                 self._new_size(width)
@@ -79,7 +81,9 @@ class Narrow(Edit):
             size = self._new_size(width)
             if size == width.size:
                 continue
-            scores = self.scores.get(width.name) or group_norm(axes, width, tensors)
+            scores = self.scores.get(width.name)
+            if scores is None:
+                scores = group_norm(axes, width, tensors)
             step = _step(drawing, width, best(scores, size))
             drawing.record(step)
             steps.append(step)
@@ -96,7 +100,7 @@ class Narrow(Edit):
     def _new_size(self, width: Width) -> int:
         several = any(sign in self.at for sign in "*?[")
         if self.to is None:
-            removed = units_of(self.at, self.by or 0, width.size)
+            removed = units_of(self.at, self.by, width.size)
             size = width.size - removed
             if several:
                 return max(1, size)
@@ -116,13 +120,30 @@ class Narrow(Edit):
 
     def _check_scores(self, width: Width) -> None:
         scores = self.scores.get(width.name)
-        if scores is not None and (len(scores) != width.size or not np.isfinite(scores).all()):
+        if scores is None:
+            return
+        values = _array(scores)
+        if values.shape != (width.size,) or not np.isfinite(values).all():
             raise EditError(
                 width.name,
-                seen=f"{len(scores)} scores, finite: {bool(np.isfinite(scores).all())}",
+                seen=f"{len(values)} scores, finite: {bool(np.isfinite(values).all())}",
                 needed=f"{width.size} finite scores, one a unit",
                 next_step="pass one number for each unit of the width",
             )
+
+
+def _no_width(name: str) -> EditError:
+    return EditError(
+        name,
+        seen="scores for a name that is no width of this model",
+        needed="names of widths, such as 'features.0.out'",
+        next_step="take the names from `map_axes(...).widths`",
+    )
+
+
+def _array(scores: Sequence[float] | Tensor) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = torch.as_tensor(scores, dtype=torch.float64).cpu().numpy()
+    return values
 
 
 def best(scores: Sequence[float], size: int) -> tuple[int, ...]:
@@ -132,7 +153,7 @@ def best(scores: Sequence[float], size: int) -> tuple[int, ...]:
         >>> best([0.3, 0.1, 0.3, 0.9], 2)
         (0, 3)
     """
-    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
+    order = np.argsort(-_array(scores), kind="stable")
     return tuple(sorted(int(unit) for unit in order[:size]))
 
 

@@ -89,7 +89,7 @@ class Widen(Edit):
 
     def _new_size(self, width: Width) -> int:
         if self.to is None:
-            return width.size + units_of(self.at, self.by or 0, width.size)
+            return width.size + units_of(self.at, self.by, width.size)
         if self.to <= width.size:
             raise EditError(
                 self.at,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from neuroexapt.errors import GuardError
 
@@ -35,35 +37,70 @@ class Ledger:
         self._undo.append(undo)
         write()
 
-    def roll_back(self) -> None:
-        """Take back every write, last one first.
+    def roll_back(self, to: int = 0) -> None:
+        """Take back every write after the first ``to``, last one first.
+
+        An interruption meanwhile is raised once all is taken back: every way back may be
+        walked twice.
 
         Raises:
             GuardError: a way back failed; the others have been taken all the same.
         """
-        failures = []
-        while self._undo:
-            undo = self._undo.pop()
+        failures: list[str] = []
+        interruption: KeyboardInterrupt | None = None
+        while len(self._undo) > to:
             try:
-                undo()
+                self._undo[-1]()
+            except KeyboardInterrupt as signal:
+                interruption = signal
+                continue
             except RuntimeError as error:
                 failures.append(str(error))
+            self._undo.pop()
+        if interruption is not None:
+            raise interruption
         if failures:
             raise GuardError(
                 "roll back",
                 seen="; ".join(failures),
-                needed="no live autograd graph or weak reference on the tensors edited",
+                needed="a way back for every write",
                 next_step="load your last checkpoint; this model may be changed in part",
             )
-
-    def extend(self, other: Ledger) -> None:
-        """Take over the writes of another ledger, which is empty afterwards."""
-        self._undo.extend(other._undo)
-        other._undo.clear()
 
     def forget(self) -> None:
         """Accept every write; nothing keeps the old tensors alive any more."""
         self._undo.clear()
+
+
+def check_swappable(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that :func:`swap` could not change, before any of them is touched.
+
+    A swap that fails half-way through a model would poison the graph that forbade it.
+
+    Raises:
+        GuardError: a live graph or a weak reference holds one, or its class is a wrapper.
+    """
+    for name, tensor in tensors.items():
+        if is_traceable_wrapper_subclass(tensor):
+            raise GuardError(
+                name,
+                seen=f"a {type(tensor).__name__}",
+                needed="a plain tensor",
+                next_step="edit before sharding or quantising the model",
+            )
+        # One reference is the object's own; one more may be the gradient node of a spent graph.
+        if weakref.getweakrefs(tensor) or tensor._use_count() > 2:  # type: ignore[attr-defined]
+            raise _held(name, "a weak reference or a live autograd graph holds it")
+
+
+def _held(name: str, seen: str) -> GuardError:
+    return GuardError(
+        name,
+        seen=seen,
+        needed="a tensor that no autograd graph and no weak reference holds",
+        next_step="edit after optimizer.step(), and drop losses and outputs of the last "
+        "step first (del loss, output)",
+    )
 
 
 def swap(ledger: Ledger, tensor: Tensor, new: Tensor, name: str) -> None:
@@ -75,27 +112,54 @@ def swap(ledger: Ledger, tensor: Tensor, new: Tensor, name: str) -> None:
     before = _content(tensor)
 
     def undo() -> None:
-        if _content(tensor) != before:
-            torch.utils.swap_tensors(tensor, new)
+        if _content(tensor) == before:
+            return
+        try:
+            torch.utils.swap_tensors(tensor, _revived(new))
+        except RuntimeError:
+            # A graph built since the edit holds the object: its content can go back all the same.
+            _put_back(tensor, new)
 
     def write() -> None:
         _carry_hooks(tensor, new)
         try:
             torch.utils.swap_tensors(tensor, new)
         except RuntimeError as error:
-            raise GuardError(
-                name,
-                seen=str(error).splitlines()[0],
-                needed="a tensor that no autograd graph and no weak reference holds",
-                next_step="edit after optimizer.step(), and drop losses and outputs of the last "
-                "step first (del loss, output)",
-            ) from error
+            raise _held(name, str(error).splitlines()[0]) from error
 
     ledger.do(write, undo)
 
 
+def _revived(shadow: Tensor) -> Tensor:
+    """The old content in a new tensor object: same memory, same gradient.
+
+    ``swap_tensors`` forbids the graph node of a tensor it swaps away to ever run again, and a
+    loss that the user still holds keeps that node alive into the next step.
+    """
+    fresh: Tensor = shadow.detach()
+    if isinstance(shadow, nn.Parameter):
+        fresh = nn.Parameter(fresh, requires_grad=shadow.requires_grad)
+        fresh.grad = shadow.grad
+    _carry_hooks(shadow, fresh)
+    return fresh
+
+
 def _content(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.untyped_storage()._cdata, tuple(tensor.shape)
+
+
+def _put_back(tensor: Tensor, old: Tensor) -> None:
+    """Give a tensor its old memory and gradient while a graph holds it.
+
+    The graph's gradient node knows the other shape and would be reused as long as the graph
+    lives; torch parts from it when the dtype changes.
+    """
+    tensor.grad = None
+    tensor.data = old.new_empty(
+        0, dtype=torch.float32 if old.dtype == torch.float64 else torch.float64
+    )
+    tensor.data = old.data
+    tensor.grad = old.grad
 
 
 def _carry_hooks(tensor: Tensor, new: Tensor) -> None:
@@ -105,6 +169,7 @@ def _carry_hooks(tensor: Tensor, new: Tensor) -> None:
         if hooks:
             setattr(new, kind, hooks)
     new.__dict__.update(tensor.__dict__)
+    new.__class__ = type(tensor)
 
 
 def set_attribute(ledger: Ledger, module: nn.Module, name: str, value: object) -> None:

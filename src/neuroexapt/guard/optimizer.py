@@ -13,10 +13,11 @@ from neuroexapt.edit import WidthStep, resized
 from neuroexapt.errors import GuardError
 from neuroexapt.guard.ledger import Ledger
 
-# Running second moments. A new entry starts at the mean of its siblings: zero beside an old
+# Running second moments and the like. A new entry starts at its siblings' mean: zero beside an old
 # `step` would make its first updates many times too large.
 SECOND_MOMENTS = frozenset(
     {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "grad_avg"}
+    | {"variance", "step_size"}  # Adafactor's for vectors; Rprop's, which is a rate of its own
 )
 
 
@@ -24,10 +25,20 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
     """The optimizer must be the one that trains this model.
 
     Raises:
-        GuardError: none of its parameters belongs to the model.
+        GuardError: it is no optimizer, keeps one flat history for all parameters, or none of
+            its parameters belongs to the model.
     """
     if optimizer is None:
         return
+    groups, state = getattr(optimizer, "param_groups", None), getattr(optimizer, "state", None)
+    flat = isinstance(optimizer, torch.optim.LBFGS)
+    if flat or not isinstance(groups, list) or not isinstance(state, Mapping):
+        raise GuardError(
+            type(optimizer).__name__,
+            seen="an object without state for each parameter",
+            needed="an optimizer with parameter groups and state for each parameter",
+            next_step="pass the torch.optim.Optimizer that trains this model (not LBFGS)",
+        )
     own = {id(p) for p in model.parameters()}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not own & held:

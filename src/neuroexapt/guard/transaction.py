@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,13 +24,22 @@ from neuroexapt.edit import (
     original_class,
     resized,
 )
-from neuroexapt.errors import GuardError
-from neuroexapt.guard.ledger import Ledger, add_child, set_attribute, set_class, swap
+from neuroexapt.errors import CaptureError, GuardError
+from neuroexapt.guard.ledger import (
+    Ledger,
+    add_child,
+    check_swappable,
+    set_attribute,
+    set_class,
+    swap,
+)
 from neuroexapt.guard.optimizer import adopt, check_optimizer, migrate
 from neuroexapt.guard.verify import behaviour, verify
 
 # Kinds of module that hold flat or sharded copies of parameters, or compiled code for them.
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
+_WRAPPERS = frozenset(
+    {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule"}
+)
 
 
 @dataclass(frozen=True)
@@ -99,20 +109,20 @@ class Transaction:
             VerifyError: it was made and failed its check; taken back.
         """
         started = time.perf_counter()
+        _check_args(args)
         kwargs = dict(kwargs or {})
         axes = axes or map_axes(self.model, args, kwargs)
         patch = edit.plan(axes, named_tensors(self.model))
         modes = tuple(trace.training for trace in axes.traces)
         before = behaviour(self.model, args, kwargs, modes)
         parameters = _count(self.model)
-        own = Ledger()
+        mark = len(self.ledger)
         try:
-            write(own, self.model, self.optimizer, patch)
+            write(self.ledger, self.model, self.optimizer, patch)
             difference = verify(self.model, args, kwargs, before, patch.preserves)
         except BaseException:
-            own.roll_back()
+            self.ledger.roll_back(to=mark)
             raise
-        self.ledger.extend(own)
         return Applied(
             edit,
             patch.description,
@@ -121,6 +131,19 @@ class Transaction:
             difference,
             time.perf_counter() - started,
         )
+
+    def stage(self, patch: Patch) -> None:
+        """Write a patch without verifying it: for measuring inside a block that is taken back.
+
+        Raises:
+            GuardError: a live graph or weak reference forbids it; taken back.
+        """
+        mark = len(self.ledger)
+        try:
+            write(self.ledger, self.model, self.optimizer, patch)
+        except BaseException:
+            self.ledger.roll_back(to=mark)
+            raise
 
     def commit(self) -> None:
         """Keep what was done; old tensors are released."""
@@ -199,11 +222,12 @@ def write(
 ) -> None:
     """Carry out a patch. The one place where parameters, modules and optimizers change."""
     named = named_tensors(model)
+    check_swappable({name: named[name] for name in patch.tensors})
     done: set[int] = set()
-    for number, name in enumerate(patch.tensors):
+    for name in patch.tensors:
         if id(named[name]) not in done:  # a tied tensor goes by its first name
             done.add(id(named[name]))
-            _write_tensor(ledger, optimizer, named[name], name, patch, number)
+            _write_tensor(ledger, optimizer, named[name], name, patch)
     for edit in patch.attributes:
         set_attribute(ledger, model.get_submodule(edit.module), edit.name, edit.value)
     for insertion in patch.insertions:
@@ -216,10 +240,12 @@ def _write_tensor(
     tensor: Tensor,
     name: str,
     patch: Patch,
-    number: int,
 ) -> None:
-    # A generator of its own keeps the user's random state as it is.
-    generator = torch.Generator().manual_seed(number)
+    # A generator of its own keeps the user's random state as it is. Seeded by name and shape it
+    # is the same on every rank, and another one when the same width grows again: units drawn
+    # alike would get the same gradient for ever.
+    seed = zlib.crc32(f"{name} {tuple(tensor.shape)}".encode())
+    generator = torch.Generator().manual_seed(seed)
     data = resized(tensor, patch.steps, name, generator=generator)
     new: Tensor = data
     if isinstance(tensor, nn.Parameter):
@@ -258,16 +284,27 @@ def _insert(
 
 def _inner(model: nn.Module) -> nn.Module:
     """The module to edit: the one inside a compiled wrapper; other wrappers are refused."""
-    kind = type(model).__name__
-    if kind in _WRAPPERS or isinstance(model, torch.jit.ScriptModule):
-        raise GuardError(
-            kind,
-            seen="a wrapped or scripted model",
-            needed="the module itself",
-            next_step="edit the inner module (model.module) on every rank, then wrap it again",
-        )
+    for path, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if kinds & _WRAPPERS or isinstance(module, torch.jit.ScriptModule):
+            raise GuardError(
+                path or type(module).__name__,
+                seen=f"a wrapped or scripted model ({type(module).__name__})",
+                needed="the module itself",
+                next_step="edit the inner module (model.module) on every rank, then wrap it again",
+            )
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def _check_args(args: object) -> None:
+    if not isinstance(args, (tuple, list)):
+        raise CaptureError(
+            "args",
+            seen=f"a {type(args).__name__}",
+            needed="a tuple of the positional inputs of the forward",
+            next_step="pass args=(x,), and keyword inputs as kwargs={...}",
+        )
 
 
 def _count(model: nn.Module) -> int:

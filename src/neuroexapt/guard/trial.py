@@ -38,6 +38,7 @@ class Trial:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self._transaction = Transaction(model, optimizer)
         self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor | None]] = []
         self._state: dict[Tensor, dict[str, Any]] = {}
 
     @property
@@ -54,9 +55,14 @@ class Trial:
         axes: AxisMap | None = None,
     ) -> Applied:
         """Snapshot, then make the edit; see :meth:`Transaction.apply` for what it raises."""
-        if not len(self._transaction.ledger):
-            self._snapshot()
-        return self._transaction.apply(edit, args, kwargs, axes=axes)
+        if len(self._transaction.ledger):
+            return self._transaction.apply(edit, args, kwargs, axes=axes)
+        self._snapshot()
+        try:
+            return self._transaction.apply(edit, args, kwargs, axes=axes)
+        except BaseException:
+            self._forget()  # no edit, no trial: there is nothing to go back to
+            raise
 
     def keep(self) -> None:
         """End the trial with the edit; the snapshot and the old tensors are released."""
@@ -66,9 +72,14 @@ class Trial:
     def roll_back(self) -> None:
         """End the trial without the edit: everything is as it was when it began.
 
-        Gradients are dropped, being those of a model that no longer exists.
+        Gradients are dropped, being those of a model that no longer exists. Without an edit
+        there is nothing to do.
         """
+        if not len(self._transaction.ledger):
+            return
         self._transaction.roll_back()
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer
         with torch.no_grad():
             for tensor, old in self._tensors:
                 tensor.copy_(old)
@@ -83,12 +94,18 @@ class Trial:
     def _snapshot(self) -> None:
         tensors = {id(t): t for t in named_tensors(self.model).values()}
         self._tensors = [(t, t.detach().clone()) for t in tensors.values()]
+        # A forward may put another tensor in a buffer's place.
+        self._buffers = [
+            (module, name, buffer)
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+        ]
         optimizer = self._transaction.optimizer
         if optimizer is not None:
             self._state = {p: _copied(state) for p, state in optimizer.state.items()}
 
     def _forget(self) -> None:
-        self._tensors, self._state = [], {}
+        self._tensors, self._buffers, self._state = [], [], {}
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,14 +105,23 @@ def verify(
 ) -> float:
     """Check an edited model against what it did before; return the largest output difference.
 
-    Runs it on fake tensors (shapes), then on the real batch (the promise), then backward once
-    (finite gradients); surviving parameters must be the same objects of the same kind.
+    Runs it on the batch (shapes, the promise), then backward once (finite gradients); surviving
+    parameters must be the same objects of the same kind. On an accelerator, where a failing
+    kernel would end the process, fake tensors go first.
 
     Raises:
         VerifyError: the first check that fails.
     """
-    _check_shapes(model, args, kwargs, before)
-    after = behaviour(model, args, kwargs, tuple(before.outputs))
+    if any(device.type != "cpu" for _, device in before.kinds.values()):
+        _check_fake(model, args, kwargs, before)
+    try:
+        after = behaviour(model, args, kwargs, tuple(before.outputs))
+    except Exception as error:
+        raise _fail(
+            type(model).__name__, f"{type(error).__name__}: {error}", "a forward that runs"
+        ) from error
+    for training, shapes in after.shapes.items():
+        _check_shapes(shapes, before.shapes[training])
     _check_survivors(before, after)
     difference, relative, place = _difference(before, after)
     if preserves == "exact":
@@ -131,7 +140,12 @@ def _fail(place: str, seen: str, needed: str) -> VerifyError:
     )
 
 
-def _check_shapes(
+def _check_shapes(shapes: tuple[tuple[int, ...], ...], old: tuple[tuple[int, ...], ...]) -> None:
+    if shapes != old:
+        raise _fail("output", f"shapes {shapes}", f"shapes {old} as before")
+
+
+def _check_fake(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], before: Behaviour
 ) -> None:
     try:
@@ -139,11 +153,9 @@ def _check_shapes(
     except CaptureError as error:
         raise _fail(error.place, error.seen, "a forward that runs after the edit") from error
     for trace in traces:
-        shapes = tuple(ref.shape for ref in trace.outputs)
-        if trace.training in before.shapes and shapes != before.shapes[trace.training]:
-            raise _fail(
-                "output", f"shapes {shapes}", f"shapes {before.shapes[trace.training]} as before"
-            )
+        if trace.training in before.shapes:
+            shapes = tuple(ref.shape for ref in trace.outputs)
+            _check_shapes(shapes, before.shapes[trace.training])
 
 
 def _check_survivors(before: Behaviour, after: Behaviour) -> None:
@@ -161,12 +173,19 @@ def _difference(before: Behaviour, after: Behaviour) -> tuple[float, float, str]
         for old, new in zip(outputs, after.outputs[training], strict=True):
             if not old.numel():
                 continue
-            gap = float((old.double() - new.double()).abs().nan_to_num(nan=0.0).max())
-            scale = max(1.0, float(old.double().abs().nan_to_num(nan=0.0).max()))
+            gap = _gap(old.double(), new.double())
+            scale = max(1.0, float(old.double().nan_to_num(0.0, 0.0, 0.0).abs().max()))
             absolute = max(absolute, gap)
             if gap / scale > relative:
                 relative, place = gap / scale, f"{'training' if training else 'evaluation'} mode"
     return absolute, relative, place
+
+
+def _gap(old: Tensor, new: Tensor) -> float:
+    """Largest difference; infinite where only one of both is a number."""
+    same = (old == new) | (old.isnan() & new.isnan())
+    gaps = (old - new).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return float(gaps.masked_fill(same, 0.0).max())
 
 
 def _check_promise(relative: float, place: str, before: Behaviour) -> None:

@@ -29,7 +29,8 @@ from neuroexapt.measure.cost import (
     layers,
     tensor_bytes,
 )
-from neuroexapt.measure.growth import growth_gain, noise_corrected_norm
+from neuroexapt.measure.flops import flops_of
+from neuroexapt.measure.growth import growth_gain, noise_corrected_norm, slopes
 from neuroexapt.measure.holdout import evaluate
 from neuroexapt.measure.rank import (
     dead_units,
@@ -64,6 +65,7 @@ __all__ = [
     "duplicate_units",
     "effective_rank",
     "evaluate",
+    "flops_of",
     "generalisation_gap",
     "gradients",
     "growth_gain",
@@ -76,6 +78,7 @@ __all__ = [
     "read_plateau_slope",
     "read_redundancy",
     "removal_loss",
+    "slopes",
     "tensor_bytes",
     "undisturbed",
     "unit_redundancy",

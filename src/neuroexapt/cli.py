@@ -1,0 +1,160 @@
+"""The command line: ``neuroexapt demo`` and ``neuroexapt inspect``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from neuroexapt.couple import AxisMap, Pinned, Width, map_axes
+from neuroexapt.errors import NeuroExaptError, SettingsError
+
+app = typer.Typer(
+    help="Change a PyTorch model's architecture while it trains.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.command()
+def demo(
+    seeds: Annotated[int, typer.Option(help="Repetitions, each with its own split.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Epochs of each arm.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for journals and reports.")] = Path(
+        "neuroexapt-demo"
+    ),
+) -> None:
+    """Train a CNN on handwritten digits twice: as it is, and evolving."""
+    from neuroexapt import demo as digits
+
+    try:
+        digits.run(seeds=seeds, epochs=epochs, out=out, console=console)
+    except NeuroExaptError as error:
+        raise _stop(error) from error
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="package.module:factory")],
+    input: Annotated[
+        list[str], typer.Option(help="Shape of an input, 1,3,32,32; integers: int:1,16")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a model's widths, what each ties together, and what is pinned and why."""
+    try:
+        axes = map_axes(_build(model), tuple(_example(text) for text in input))
+    except NeuroExaptError as error:
+        raise _stop(error) from error
+    if as_json:
+        console.print_json(json.dumps(_as_json(axes)))
+    else:
+        _show(axes)
+
+
+def _stop(error: NeuroExaptError) -> typer.Exit:
+    errors.print(f"[bold red]{type(error).__name__}[/] {escape(str(error))}", soft_wrap=True)
+    return typer.Exit(1)
+
+
+def _build(target: str) -> nn.Module:
+    module_name, _, factory_name = target.partition(":")
+    # A command started by its script does not see the folder it is started in.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(
+            target,
+            seen=str(error),
+            needed="package.module:factory, importable from here",
+            next_step="check the spelling; the factory is a function or class without arguments",
+        ) from error
+    model = factory if isinstance(factory, nn.Module) else factory()
+    if not isinstance(model, nn.Module):
+        raise SettingsError(
+            target,
+            seen=f"a {type(model).__name__}",
+            needed="a factory that returns a torch.nn.Module",
+            next_step="name the function or class that builds the model",
+        )
+    return model
+
+
+def _example(text: str) -> torch.Tensor:
+    """``1,3,32,32`` is a float tensor, ``int:1,16`` an integer one (zeros)."""
+    kind, _, shape = text.rpartition(":")
+    try:
+        sizes = [int(size) for size in shape.split(",")]
+    except ValueError as error:
+        raise SettingsError(
+            "--input", seen=text, needed="sizes with commas", next_step="try --input 1,3,32,32"
+        ) from error
+    if kind not in ("", "int", "float"):
+        raise SettingsError(
+            "--input",
+            seen=text,
+            needed="int: or float: before the sizes",
+            next_step="try --input int:1,16",
+        )
+    return torch.zeros(sizes, dtype=torch.long) if kind == "int" else torch.randn(sizes)
+
+
+def _as_json(axes: AxisMap) -> dict[str, Any]:
+    def entry(item: Width | Pinned) -> dict[str, Any]:
+        places = [
+            {"tensor": p.tensor, "dim": p.dim, "roles": sorted(p.roles)} for p in item.appearances
+        ]
+        return {"size": item.size, "appearances": places}
+
+    return {
+        "widths": {
+            name: {**entry(w), "mixed_by": sorted({m.kind for m in w.mixers})}
+            for name, w in axes.widths.items()
+        },
+        "pinned": {name: {**entry(p), "reason": p.reason} for name, p in axes.pinned.items()},
+        "unknown": {op: list(paths) for op, paths in axes.unknown.items()},
+        "notes": list(axes.notes),
+    }
+
+
+def _show(axes: AxisMap) -> None:
+    table = Table(title="Widths: what can change, and what changes with it", title_justify="left")
+    for title in ("width", "size", "made by", "read by", "also in", "mixed by"):
+        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    for width in axes.widths.values():
+        table.add_row(
+            escape(width.name),
+            str(width.size),
+            *(escape(_places(width, role)) for role in ("producer", "consumer", "elementwise")),
+            escape(", ".join(sorted({mixer.kind for mixer in width.mixers}))),
+        )
+    console.print(table)
+    pinned = Table(title="Pinned: what cannot change, and why", title_justify="left")
+    for title in ("dimension", "size", "reason"):
+        pinned.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    for pin in axes.pinned.values():
+        if pin.reason.startswith("a kernel size"):
+            continue  # every convolution has two; they say nothing about this model
+        pinned.add_row(escape(pin.name), str(pin.size), escape(pin.reason))
+    console.print(pinned)
+    for op, paths in axes.unknown.items():
+        console.print(f"no rule for {escape(op)}, called in: {escape(', '.join(paths))}")
+    for note in axes.notes:
+        console.print(f"note: {escape(note)}")
+
+
+def _places(width: Width, role: str) -> str:
+    return ", ".join(f"{p.tensor}[{p.dim}]" for p in width.appearances if role in p.roles)

@@ -1,0 +1,67 @@
+"""FLOPs of a recorded run, from shapes alone: no forward, no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+from torch.utils.flop_counter import conv_flop_count
+
+from neuroexapt.capture import Call, Trace
+
+
+def flops_of(trace: Trace) -> int:
+    """FLOPs of one sample's forward, as :func:`~neuroexapt.measure.count_flops` counts them.
+
+    Matrix products, convolutions and attention; one multiply-add counts 2. The batch size is
+    the first dimension of the first input.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from neuroexapt.capture import capture
+        >>> flops_of(capture(nn.Linear(3, 5), (torch.zeros(7, 3),)))
+        30
+    """
+    total = sum(_FORMULAS[call.op](call) for call in trace.calls if call.op in _FORMULAS)
+    batch = trace.inputs[0].shape[0] if trace.inputs and trace.inputs[0].shape else 1
+    return total // max(1, batch)
+
+
+def _matrix_product(call: Call) -> int:
+    left, right = call.inputs[-2:]
+    return 2 * prod(left.shape) * right.shape[-1]
+
+
+def _linear(call: Call) -> int:
+    return 2 * prod(call.inputs[0].shape) * call.inputs[1].shape[0]
+
+
+def _convolution(call: Call) -> int:
+    x, weight = call.inputs[:2]
+    transposed = bool(call.args[6])
+    return conv_flop_count(
+        list(x.shape), list(weight.shape), list(call.outputs[0].shape), transposed
+    )
+
+
+def _attention(call: Call) -> int:
+    query, key, value = call.inputs[:3]
+    rows = prod(query.shape[:-1])
+    return 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+_ATTENTION = (
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_attention_math",
+    "aten.scaled_dot_product_attention",
+)
+_FORMULAS: dict[str, Callable[[Call], int]] = {
+    **dict.fromkeys(("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"), _matrix_product),
+    **dict.fromkeys(_ATTENTION, _attention),
+    "aten.linear": _linear,
+    "aten.convolution": _convolution,
+}

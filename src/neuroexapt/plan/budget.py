@@ -1,0 +1,105 @@
+"""What may be spent: limits on the model, and the settings of the search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neuroexapt.errors import SettingsError
+
+
+def _require(good: bool, name: str, value: object, needed: str) -> None:
+    if not good:
+        raise SettingsError(name, seen=repr(value), needed=needed, next_step=f"pass another {name}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper limits in absolute numbers; None is no limit."""
+
+    parameters: int | None = None
+    flops: int | None = None
+
+    def excess(self, parameters: int, flops: int) -> float:
+        """By which share the tightest limit is exceeded; 0 when all hold.
+
+        Example:
+            >>> Limits(parameters=100).excess(150, 0)
+            0.5
+        """
+        pairs = ((parameters, self.parameters), (flops, self.flops))
+        return max([0.0, *(now / limit - 1 for now, limit in pairs if limit)])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits on the model: a share of the starting model (float) or a count (int).
+
+    Args:
+        params: limit on the number of parameters; ``0.5`` is half of the start.
+        flops: limit on the FLOPs of one sample's forward.
+
+    Raises:
+        SettingsError: not positive.
+
+    Example:
+        >>> Budget(params=0.5).limits(parameters=1000, flops=80)
+        Limits(parameters=500, flops=None)
+    """
+
+    params: float | int | None = None
+    flops: float | int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("params", self.params), ("flops", self.flops)):
+            good = value is None or (not isinstance(value, bool) and value > 0)
+            _require(good, name, value, "a positive share (float) or count (int)")
+
+    def limits(self, *, parameters: int, flops: int) -> Limits:
+        """The limits for a model that starts with these counts."""
+        return Limits(_absolute(self.params, parameters), _absolute(self.flops, flops))
+
+
+def _absolute(limit: float | int | None, start: int) -> int | None:
+    return int(limit * start) if isinstance(limit, float) else limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the search goes about it. The defaults need no tuning for a first run.
+
+    Args:
+        epochs: length of the training run, if known; nothing changes in its last part.
+        until: share of ``epochs`` after which nothing changes.
+        trial_epochs: epochs of training between an edit and its verdict.
+        cool_down: epochs of plain training after a change was taken back.
+        patience: the search stops after this many fruitless decisions in a row.
+        significance: how many standard errors count as noise.
+        price: nats of loss that the whole of a limited resource (parameters where nothing is
+            limited) is worth, while every limit holds; it doubles with each decision in a row
+            that finds a limit exceeded.
+        signal_batches: held-out batches used for signals.
+        seed: seed of new weights.
+
+    Raises:
+        SettingsError: a value out of range.
+    """
+
+    epochs: int | None = None
+    until: float = 0.6
+    trial_epochs: int = 1
+    cool_down: int = 2
+    patience: int = 6
+    significance: float = 2.0
+    price: float = 0.02
+    signal_batches: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "1 or more")
+        _require(0 < self.until <= 1, "until", self.until, "a share in (0, 1]")
+        _require(self.trial_epochs > 0, "trial_epochs", self.trial_epochs, "1 or more")
+        _require(self.cool_down >= 0, "cool_down", self.cool_down, "0 or more")
+        _require(self.patience > 0, "patience", self.patience, "1 or more")
+        _require(self.significance >= 0, "significance", self.significance, "0 or more")
+        _require(self.price >= 0, "price", self.price, "0 or more")
+        _require(self.signal_batches >= 4, "signal_batches", self.signal_batches, "4 or more")

@@ -1,0 +1,5 @@
+"""The evolver in a training loop. Read :mod:`neuroexapt.train.loop`."""
+
+from neuroexapt.train.loop import Epoch, Evolver
+
+__all__ = ["Epoch", "Evolver"]

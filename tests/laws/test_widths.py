@@ -1,0 +1,219 @@
+"""Every width of every zoo model can be widened exactly and narrowed, or is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from neuroexapt import AxisMap, Narrow, Widen
+from neuroexapt.capture.run import named_tensors
+from neuroexapt.couple import Width, unit_of
+from neuroexapt.edit import Edit
+from neuroexapt.edit.patch import resize_expr
+from neuroexapt.errors import EditError, NeuroExaptError, VerifyError
+from neuroexapt.guard import transaction
+from tests import zoo
+from tests.laws.world import NAMES, calm, difference, mapped, outputs, train
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+# Where Widen says no, and the word in its message that says why. Everything else must work.
+REFUSED: dict[tuple[str, str], tuple[type[NeuroExaptError], str]] = {
+    ("groupnorm_cnn", "conv1.out"): (EditError, "group_norm"),
+    ("groupnorm_cnn", "conv2.out"): (EditError, "group_norm"),
+    # Token mixing is a nonlinear function of each channel: a mean of channels does not stay one.
+    ("mixer", "patch_embed.out"): (VerifyError, "relative difference"),
+}
+
+each = pytest.mark.parametrize("name", NAMES)
+
+
+def staged(name: str, edit: Edit, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A zoo model after an edit, written without the library's own verification."""
+    model = calm(name, dtype)
+    with transaction(model) as tx:
+        tx.stage(edit.plan(mapped(name), named_tensors(model)))
+    return model
+
+
+def widenable(name: str) -> list[Width]:
+    """The widths of a model that Widen does not refuse."""
+    return [w for w in mapped(name).widths.values() if (name, w.name) not in REFUSED]
+
+
+def check_shapes(name: str, model: nn.Module, width: Width, size: int) -> None:
+    """Every tensor has the shape its expressions give with the width at its new size."""
+    axes, old = mapped(name), named_tensors(zoo.build(name))
+    for tensor, new in named_tensors(model).items():
+        expected = list(old[tensor].shape)
+        for place in width.appearances:
+            if place.tensor == tensor:
+                unit = unit_of(axes.tensors[tensor][place.dim], width.name)
+                per_unit = int((unit == 0).sum())
+                expected[place.dim] += per_unit * (size - width.size)
+        assert list(new.shape) == expected, (width.name, tensor)
+
+
+def test_every_model_has_a_width_and_every_refusal_is_of_one() -> None:
+    """The table of refusals names cells that exist, and no model is left without a test."""
+    assert all(mapped(name).widths for name in NAMES)
+    assert all(width in mapped(name).widths for name, width in REFUSED)
+
+
+@pytest.mark.parametrize("cell", REFUSED, ids=".".join)
+def test_a_refused_width_says_why_and_stays(cell: tuple[str, str]) -> None:
+    """A width that cannot be widened exactly is named, and the model is as before."""
+    kind, word = REFUSED[cell]
+    model, state = zoo.build(cell[0]), zoo.build(cell[0]).state_dict()
+    with pytest.raises(kind, match=word), transaction(model) as tx:
+        tx.apply(Widen(cell[1], by=2), zoo.example(cell[0]), axes=mapped(cell[0]))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@each
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
+def test_widen_keeps_the_function(name: str, dtype: torch.dtype) -> None:
+    """Outputs are the same in both modes, with every tensor in its predicted shape."""
+    args = zoo.example(name, dtype=dtype)
+    before = {training: outputs(calm(name, dtype), args, training) for training in (False, True)}
+    for width in widenable(name):
+        model = staged(name, Widen(width.name, by=2), dtype)
+        check_shapes(name, model, width, width.size + 2)
+        for training, expected in before.items():
+            gap = difference(expected, outputs(model, args, training))
+            assert gap <= TOLERANCE[dtype], (width.name, training)
+
+
+# Where ReLU happens to be shut for one of the two random units on all of the batch.
+ONE_MAY_BE_DEAD = {("inception_branches", "mixed1.branch3.1.out")}
+
+
+@each
+def test_a_widened_model_lives(name: str) -> None:
+    """It is applied, copied, saved and trained on; every new unit is read and has been moved."""
+    args = zoo.example(name, batch=8)
+    for width in widenable(name):
+        model = calm(name)
+        with transaction(model) as tx:
+            tx.apply(Widen(width.name, by=2), args, axes=mapped(name))
+        check_copies(model, args, width.name)
+        start = {key: tensor.detach().clone() for key, tensor in named_tensors(model).items()}
+        losses = train(model, args, torch.optim.Adam(model.parameters(), lr=1e-2), 3)
+        assert all(torch.tensor(losses).isfinite()), width.name
+        uses = [_use(name, model, width, unit, start) for unit in (width.size, width.size + 1)]
+        enough = any if (name, width.name) in ONE_MAY_BE_DEAD else all
+        assert enough(read > 0 and moved > 0 for read, moved in uses), (width.name, uses)
+
+
+def check_copies(model: nn.Module, args: tuple[Any, ...], where: str) -> None:
+    """State dict, deepcopy and pickle keep the function."""
+    expected = outputs(model, args)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in twin.parameters():
+            tensor.zero_()
+    assert not torch.equal(outputs(twin, args), expected), where
+    twin.load_state_dict(model.state_dict())
+    for other in (twin, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(outputs(other, args), expected), where
+
+
+def _use(
+    name: str, model: nn.Module, width: Width, unit: int, start: dict[str, Tensor]
+) -> tuple[float, float]:
+    """Sums over a unit's reading entries, and over the change of its making ones."""
+    read, moved, tensors = 0.0, 0.0, named_tensors(model)
+    for place in width.appearances:
+        old = mapped(name).tensors[place.tensor][place.dim]
+        expr = resize_expr(old, width.name, width.size + 2)
+        where = torch.from_numpy(np.flatnonzero(unit_of(expr, width.name) == unit))
+        now = tensors[place.tensor].detach().index_select(place.dim, where)
+        then = start[place.tensor].index_select(place.dim, where)
+        read += float(now.abs().sum()) if "consumer" in place.roles else 0.0
+        moved += float((now - then).abs().sum()) if "producer" in place.roles else 0.0
+    return read, moved
+
+
+@each
+def test_narrow_fits(name: str) -> None:
+    """One unit fewer: every tensor has its predicted shape, and the model trains on."""
+    args = zoo.example(name)
+    for width in mapped(name).widths.values():
+        model = staged(name, Narrow(width.name, by=1))
+        check_shapes(name, model, width, width.size - 1)
+        losses = train(model, args, torch.optim.SGD(model.parameters(), lr=1e-3), 3)
+        assert all(torch.tensor(losses).isfinite()), width.name
+
+
+# --- coupling: what no layer reads can go --------------------------------------------------------
+
+# A norm's statistics depend on every unit, read or not: these cells are outside this law.
+NORMED = {
+    ("gpt", "tok.out"): "layer_norm",
+    ("vit", "patch_embed.out"): "layer_norm",
+    ("mixer", "patch_embed.out"): "layer_norm",
+    ("llama", "embed_tokens.out"): "mean_square",
+    ("groupnorm_cnn", "conv1.out"): "group_norm",
+    ("groupnorm_cnn", "conv2.out"): "group_norm",
+}
+
+
+def silence(model: nn.Module, axes: AxisMap, width: Width, unit: int) -> None:
+    """Zero what reads a unit; in a dot product over the width, what makes the left operand."""
+    tensors = named_tensors(model)
+    for place in width.appearances:
+        if place.role == "consumer":
+            at = unit_of(axes.tensors[place.tensor][place.dim], width.name) == unit
+            tensors[place.tensor].data.index_fill_(
+                place.dim, torch.from_numpy(at).nonzero()[:, 0], 0
+            )
+    for mixer in width.mixers:
+        for side in mixer.sides[0]:
+            at = unit_of(axes.tensors[side.tensor][side.dim], width.name) == unit
+            mine = [position for position in side.positions if at[position]]
+            tensors[side.tensor].data.index_fill_(side.dim, torch.tensor(mine), 0)
+
+
+def rescale(model: nn.Module, width: Width) -> None:
+    """Undo that a shorter dot product is divided by a smaller root."""
+    tensors = named_tensors(model)
+    for mixer in width.mixers:
+        if mixer.scale == "inverse_sqrt":
+            for side in mixer.sides[0]:
+                factor = ((width.size - 1) / width.size) ** 0.5
+                tensors[side.tensor].data[list(side.positions)] *= factor
+
+
+def test_the_cells_outside_the_coupling_law_are_the_normed_ones() -> None:
+    """The law below skips exactly the widths a norm mixes over."""
+    found = {
+        (name, width.name): mixer.kind
+        for name in NAMES
+        for width in mapped(name).widths.values()
+        for mixer in width.mixers
+        if mixer.kind != "dot"
+    }
+    assert found == NORMED
+
+
+@each
+def test_what_no_layer_reads_can_be_removed(name: str) -> None:
+    """Narrowing away a unit whose readers are zero changes no output."""
+    args, axes = zoo.example(name), mapped(name)
+    for width in axes.widths.values():
+        if (name, width.name) in NORMED:
+            continue
+        model, unit = calm(name), width.size // 2
+        silence(model, axes, width, unit)
+        before = outputs(model, args)
+        rescale(model, width)
+        scores = [float(u != unit) for u in range(width.size)]
+        with transaction(model) as tx:
+            tx.apply(Narrow(width.name, by=1, scores={width.name: scores}), args, axes=axes)
+        assert difference(before, outputs(model, args)) <= 1e-5, width.name

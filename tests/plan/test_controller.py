@@ -1,0 +1,230 @@
+"""Decisions as pure functions: when, what, and what is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neuroexapt import Narrow, Settings, Widen
+from neuroexapt.edit import Edit
+from neuroexapt.measure import Reading
+from neuroexapt.plan import (
+    Candidate,
+    GrowOption,
+    Limits,
+    Point,
+    ShrinkOption,
+    State,
+    Survey,
+    WidthSurvey,
+    bearable,
+    choose,
+    judge,
+    observed,
+    propose,
+    refused,
+    started,
+    wants_change,
+)
+from neuroexapt.plan.controller import expectation, price, utility
+
+SETTINGS = Settings(epochs=20, price=0.02, significance=1.0)
+FREE = Limits()
+
+
+def candidate(
+    edit: Edit | None = None, *, loss: float = 0.0, parameters: int = 0, error: float = 0.0
+) -> Candidate:
+    return Candidate(edit or Narrow("fc", to=4), loss, error, parameters, 0, (), "because")
+
+
+def state(losses: list[float], *, error: float = 0.01) -> State:
+    now = State(start_parameters=1000, start_flops=1000)
+    for epoch, loss in enumerate(losses, 1):
+        now = observed(now, Point(epoch, loss, error))
+    return now
+
+
+READY = state([0.5, 0.4, 0.35])
+
+
+def test_nothing_is_decided_before_a_trend_can_be_seen() -> None:
+    """Two held-out losses give no scatter, so no noise to judge by."""
+    assert not wants_change(state([0.5, 0.4]), SETTINGS)[0]
+    assert wants_change(READY, SETTINGS)[0]
+
+
+def test_nothing_is_decided_in_the_last_part_of_a_run_of_known_length() -> None:
+    """With 60 % of 20 epochs, epoch 11 may change the model and epoch 12 may not."""
+    assert wants_change(replace(READY, epoch=11), SETTINGS)[0]
+    assert not wants_change(replace(READY, epoch=12), SETTINGS)[0]
+    assert wants_change(replace(READY, epoch=12), replace(SETTINGS, epochs=None))[0]
+
+
+def test_a_change_taken_back_is_followed_by_plain_training() -> None:
+    """The cool-down counts from the roll-back."""
+    tired = replace(READY, rested=3)
+    assert not wants_change(tired, replace(SETTINGS, cool_down=1))[0]
+    assert wants_change(replace(tired, epoch=4), replace(SETTINGS, cool_down=1))[0]
+
+
+def test_the_search_stops_after_fruitless_decisions_in_a_row() -> None:
+    """Patience is a stop rule."""
+    assert not wants_change(replace(READY, fruitless=SETTINGS.patience), SETTINGS)[0]
+
+
+def test_a_cheap_removal_beats_doing_nothing_and_an_expensive_one_does_not() -> None:
+    """Half of the parameters are worth 0.01 nats at a price of 0.02."""
+    cheap, dear = candidate(loss=0.005, parameters=-500), candidate(loss=0.02, parameters=-500)
+    assert choose(READY, SETTINGS, FREE, [cheap], (1000, 0))[1].candidate is cheap
+    _, nothing = choose(READY, SETTINGS, FREE, [dear], (1000, 0))
+    assert nothing.candidate is None
+    assert "doing nothing" in nothing.why
+
+
+def test_kinds_compare_in_one_currency_and_the_runner_up_is_named() -> None:
+    """A growth that promises more nats than a removal saves wins."""
+    grow = candidate(Widen("fc", by=4), loss=-0.05, parameters=100)
+    shrink = candidate(loss=0.001, parameters=-500)
+    _, decision = choose(READY, SETTINGS, FREE, [shrink, grow], (1000, 0))
+    assert decision.candidate is grow
+    assert decision.runner_up is not None
+    assert "Narrow fc" in decision.runner_up
+
+
+def test_a_gain_must_cover_its_own_error() -> None:
+    """0.05 nats give or take 0.06 are no reason to grow."""
+    unsure = candidate(Widen("fc", by=4), loss=-0.05, error=0.06, parameters=1)
+    assert choose(READY, SETTINGS, FREE, [unsure], (1000, 0))[1].candidate is None
+
+
+def test_growth_never_breaks_a_limit_that_holds() -> None:
+    """However much it promises."""
+    grow = candidate(Widen("fc", by=4), loss=-9.0, parameters=100)
+    limits = Limits(parameters=1050)
+    assert choose(READY, SETTINGS, limits, [grow], (1000, 0))[1].candidate is None
+    assert choose(READY, SETTINGS, limits, [grow], (900, 0))[1].candidate is grow
+
+
+def test_the_price_doubles_while_a_limit_is_exceeded_and_falls_back_once_it_holds() -> None:
+    """So a limit is reached in the end, and not overshot."""
+    limits, now = Limits(parameters=500), READY
+    prices = []
+    for size in (1000, 900, 800, 400):
+        now, _ = choose(now, SETTINGS, limits, [], (size, 0))
+        prices.append(price(now, SETTINGS))
+    assert prices == [0.04, 0.08, 0.16, 0.02]
+
+
+def test_only_what_is_limited_is_priced() -> None:
+    """With a FLOPs limit alone, parameters are free."""
+    grow = candidate(Widen("fc", by=4), parameters=1000)
+    assert utility(READY, SETTINGS, Limits(flops=10), grow) == 0.0
+    assert utility(READY, SETTINGS, Limits(parameters=10), grow) == pytest.approx(-0.02)
+
+
+def test_a_trial_is_judged_against_the_trend_and_the_noise_not_against_one_lucky_epoch() -> None:
+    """0.34 after 0.29 is five sampling errors up, but inside the scatter of the curve."""
+    before = state([0.40, 0.33, 0.36, 0.29])
+    for loss, kept in ((0.34, True), (0.9, False), (float("nan"), False)):
+        running = observed(started(before, candidate()), Point(5, loss, 0.01))
+        outcome = judge(running, replace(SETTINGS, significance=2.0), FREE)
+        assert outcome is not None
+        assert outcome[1].kept is kept
+
+
+def test_no_verdict_before_the_trial_is_over() -> None:
+    """A trial of two epochs is not judged after one."""
+    running = observed(started(READY, candidate()), Point(4, 0.3, 0.01))
+    assert judge(running, replace(SETTINGS, trial_epochs=2), FREE) is None
+
+
+def test_a_change_taken_back_leaves_no_trace_in_the_curve() -> None:
+    """Its loss was that of a model that no longer exists."""
+    running = observed(started(READY, candidate()), Point(4, 9.0, 0.01))
+    outcome = judge(running, SETTINGS, FREE)
+    assert outcome is not None
+    after, verdict = outcome
+    assert not verdict.kept
+    assert after.points == READY.points
+    assert (after.epoch, after.rested, after.trial) == (4, 4, None)
+
+
+def test_the_same_change_is_left_alone_after_two_failures_and_after_one_refusal() -> None:
+    """Another size of the same width may still be tried."""
+    again, other = candidate(parameters=-500), candidate(Narrow("fc", to=3), parameters=-500)
+    failed = replace(READY, failed={"Narrow fc to 4": 2})
+    assert choose(failed, SETTINGS, FREE, [again], (1000, 0))[1].candidate is None
+    assert choose(failed, SETTINGS, FREE, [again, other], (1000, 0))[1].candidate is other
+    assert choose(refused(READY, again), SETTINGS, FREE, [again], (1, 0))[1].candidate is None
+
+
+def test_predictions_of_a_kind_are_corrected_by_what_the_kind_brought() -> None:
+    """A removal that cost four times its prediction makes the next one look dearer."""
+    running = started(state([0.5] * 5, error=0.001), candidate(loss=0.1, parameters=-1000))
+    outcome = judge(observed(running, Point(6, 0.9, 0.001)), SETTINGS, FREE)
+    assert outcome is not None
+    assert outcome[0].correction["Narrow"] == pytest.approx(0.5 + 0.5 * 4)
+
+
+def test_the_first_check_refuses_a_step_beyond_noise_and_price() -> None:
+    """Measured on the same weights and data, before any training."""
+    calm = state([0.5] * 5, error=0.01)
+    saving = candidate(parameters=-500)
+    assert bearable(calm, SETTINGS, FREE, saving, 0.015).kept
+    assert not bearable(calm, SETTINGS, FREE, saving, 0.025).kept
+    assert not bearable(calm, SETTINGS, FREE, saving, float("nan")).kept
+
+
+def test_an_expectation_is_the_end_of_the_line_within_what_was_seen() -> None:
+    """A steep fall does not go on by itself; a flat curve is expected to stay flat."""
+    falling = [Point(e, 2.0 * 0.5**e, 0.0) for e in range(5)]
+    assert expectation(falling)[0] == pytest.approx(falling[-1].loss)
+    assert expectation([Point(e, -1.0, 0.2) for e in range(4)]) == (pytest.approx(-1.0), 0.2)
+
+
+@given(st.lists(st.floats(0.01, 10.0), min_size=3, max_size=12), st.floats(0.0, 1.0))
+def test_an_expectation_lies_between_the_last_three_losses(
+    losses: list[float], error: float
+) -> None:
+    """For any curve; its noise is never below the sampling error."""
+    points = [Point(e, loss, error) for e, loss in enumerate(losses)]
+    expected, noise = expectation(points)
+    assert min(losses[-3:]) - 1e-9 <= expected <= max(losses[-3:]) + 1e-9
+    assert noise >= error
+
+
+def survey(*, rank: float, removal: tuple[float, ...], gain: float = 0.0) -> Survey:
+    size = len(removal)
+    reading = Reading("effective_rank", "fc", rank, "units", 0.0, 100)
+    width = WidthSurvey(
+        "fc", size, removal, (0.0,) * size, (reading,), (ShrinkOption(size // 2, -10, -20),)
+    )
+    grow = GrowOption(Widen("fc", by=size), gain, 0.0, 10, 20, ())
+    return Survey(100, 100, (width,), (grow,))
+
+
+def test_a_narrowing_is_priced_by_the_least_needed_units() -> None:
+    """Half of four units: the two cheapest, whatever their order."""
+    narrow = propose(survey(rank=2.0, removal=(0.5, 0.1, 0.7, 0.2)))[0]
+    assert narrow.loss == pytest.approx(0.3)
+    assert narrow.edit == Narrow("fc", to=2, scores={"fc": (0.5, 0.1, 0.7, 0.2)})
+    assert (narrow.parameters, narrow.flops) == (-10, -20)
+
+
+def test_a_squeezed_width_is_worth_widening_and_an_idle_one_is_not() -> None:
+    """All directions used and every unit needed, against one direction used of four."""
+    squeezed = propose(survey(rank=4.0, removal=(0.4,) * 4))[-1]
+    idle = propose(survey(rank=1.0, removal=(0.4, 0.4, 0.4, 0.0)))[-1]
+    assert squeezed.loss == pytest.approx(-0.2)
+    assert idle.loss == 0.0
+    assert "100%" in squeezed.reason
+
+
+def test_a_width_earns_the_saturated_share_of_a_promised_gain() -> None:
+    """Gradients promise 0.8; half of the directions are idle and could earn it as well."""
+    half = propose(survey(rank=2.0, removal=(0.0,) * 4, gain=0.8))[-1]
+    assert half.loss == pytest.approx(-0.4)
