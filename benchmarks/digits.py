@@ -87,8 +87,7 @@ def run(seed: int, epochs: int, folder: Path) -> dict[str, demo.Arm]:
     with random_decisions(seed):
         arms["random"] = demo.train(digits, seed, epochs, folder / f"r{seed}.jsonl", quiet)[0]
     found = renewed(arms["evolved"].model, seed)
-    with mock.patch.object(demo, "network", lambda: found):
-        arms["scratch"] = demo.train(digits, seed, epochs, None, quiet)[0]
+    arms["scratch"] = demo.train(digits, seed, epochs, None, quiet, lambda: found)[0]
     return arms
 
 

@@ -8,7 +8,6 @@ from statistics import fmean
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 
 from neuroexapt import demo
 from neuroexapt.errors import SettingsError
@@ -32,25 +31,13 @@ def test_the_evolved_network_is_smaller_and_no_worse_over_three_seeds(tmp_path: 
         assert all(change["at"] in report for change in changes)
 
 
-def test_a_network_without_the_squeeze_is_not_widened_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is scripted: give the middle layer 32 channels and nobody asks for more."""
-
-    def roomy() -> nn.Module:
-        net = network()
-        net[0][3] = nn.Conv2d(32, 32, 3, padding=1)
-        net[0][4] = nn.BatchNorm2d(32)
-        net[0][7] = nn.Conv2d(32, 64, 3, padding=1)
-        return net
-
-    network = demo.network
-    for make, squeezed in ((network, True), (roomy, False)):
-        monkeypatch.setattr(demo, "network", make)
-        demo.run_seed(0, 7, tmp_path, lambda *_: None)
-        events = read_journal(tmp_path / "seed0" / "journal.jsonl")
-        first = next(event for event in events if event["event"] == "proposal")
-        assert ((first["kind"], first["at"]) == ("Widen", "0.3.out")) is squeezed
+@pytest.mark.parametrize(("middle", "squeezed"), [(2, True), (32, False)])
+def test_only_a_squeezed_layer_is_widened(middle: int, squeezed: bool, tmp_path: Path) -> None:
+    """Nothing is scripted: with 32 channels in the middle nobody asks for more there."""
+    journal = tmp_path / "journal.jsonl"
+    demo.train(demo.Digits.load(0), 0, 7, journal, lambda *_: None, lambda: demo.DigitsNet(middle))
+    first = next(event for event in read_journal(journal) if event["event"] == "proposal")
+    assert ((first["kind"], first["at"]) == ("Widen", "features.3.out")) is squeezed
 
 
 def test_splits_are_disjoint_and_cover_all_images() -> None:

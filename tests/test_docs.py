@@ -73,7 +73,7 @@ def test_code_runs_and_prints_what_is_said(
         torch.default_generator.manual_seed(0)
         for block in blocks(page):
             # Empty lines before the code give its errors the line number in the page.
-            code = compile("\n" * block.line + block.code, str(page), "exec")
+            code = compile("\n" * block.line + block.code, str(page), "exec", dont_inherit=True)
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(code, space)
             if block.output is not None:

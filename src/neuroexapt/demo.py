@@ -64,25 +64,33 @@ class Digits:
         return Digits(*zip(images.split(parts), labels.split(parts), strict=True))
 
 
-def network() -> nn.Module:
-    """A first guess at a CNN: a generous start, a squeezed middle, an oversized head."""
-    return nn.Sequential(
-        nn.Sequential(
+class DigitsNet(nn.Module):
+    """A first guess at a CNN: a generous start, a squeezed middle, an oversized head.
+
+    Images (N, 1, 8, 8) to logits (N, 10).
+    """
+
+    def __init__(self, middle: int = 2) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1),
             nn.BatchNorm2d(32),
             nn.ReLU(),
-            nn.Conv2d(32, 2, 3, padding=1),
-            nn.BatchNorm2d(2),
+            nn.Conv2d(32, middle, 3, padding=1),
+            nn.BatchNorm2d(middle),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(2, 64, 3, padding=1),
+            nn.Conv2d(middle, 64, 3, padding=1),
             nn.BatchNorm2d(64),
             nn.ReLU(),
-        ),
-        nn.Sequential(
+        )
+        self.head = nn.Sequential(
             nn.Flatten(), nn.Linear(64 * 16, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 10)
-        ),
-    )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images))
+        return logits
 
 
 def loss_fn(model: nn.Module, batch: Any) -> Tensor:
@@ -114,7 +122,12 @@ OnEpoch = Callable[[str, int, float, int, str], None]
 
 
 def train(
-    digits: Digits, seed: int, epochs: int, journal: Path | None, on_epoch: OnEpoch
+    digits: Digits,
+    seed: int,
+    epochs: int,
+    journal: Path | None,
+    on_epoch: OnEpoch,
+    network: Callable[[], nn.Module] = DigitsNet,
 ) -> tuple[Arm, Evolver | None]:
     """Train one arm: with a journal path it evolves, without it stays as it is."""
     name = "evolving" if journal else "fixed"

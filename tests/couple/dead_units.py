@@ -19,7 +19,16 @@ from neuroexapt.couple import AxisMap, Width, leaves, size_of, source_index, uni
 
 TOLERANCE = 1e-5
 # Operators after which a silent unit still counts in what the others become.
-MIXING = {"layer_norm", "layer_norm_nd", "mean_square", "group_norm", "softmax", "mean", "var"}
+MIXING = {
+    "layer_norm",
+    "layer_norm_nd",
+    "mean_square",
+    "group_norm",
+    "softmax",
+    "mean",
+    "sum",
+    "var",
+}
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
@@ -30,7 +39,10 @@ def named(model: nn.Module) -> dict[str, Tensor]:
 
 
 def silenced(model: nn.Module, axes: AxisMap, width: Width, unit: int) -> nn.Module:
-    """A copy in which nothing reads the unit: zeros in every consumer's slices of it."""
+    """A copy in which nothing reads the unit: zeros in every consumer's slices of it.
+
+    A dot product reads nothing by weights of its own: its left operand is made zero.
+    """
     model = copy.deepcopy(model)
     tensors = named(model)
     for place in width.appearances:
@@ -39,6 +51,11 @@ def silenced(model: nn.Module, axes: AxisMap, width: Width, unit: int) -> nn.Mod
             at = torch.from_numpy(np.flatnonzero(units == unit))
             with torch.no_grad():
                 tensors[place.tensor].index_fill_(place.dim, at, 0)
+    for side in (side for mixer in width.mixers for side in mixer.sides[0]):
+        units = unit_of(axes.tensors[side.tensor][side.dim], width.name)
+        at = torch.tensor([p for p in side.positions if units[p] == unit], dtype=torch.long)
+        with torch.no_grad():
+            tensors[side.tensor].index_fill_(side.dim, at, 0)
     return model
 
 

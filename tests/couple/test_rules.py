@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroexapt import map_axes
+from neuroexapt.capture import Call, TensorRef
 from neuroexapt.couple import AxisMap
-from neuroexapt.couple.site import RULES
+from neuroexapt.couple.axis import Axis, find
+from neuroexapt.couple.site import RULES, Dims, Draft, Label, Site
 from tests.couple.dead_units import MIXING, TOLERANCE, worst_difference
 
 
@@ -97,8 +99,8 @@ ROWS = (
     Row("mm", lambda: Weighted(lambda x, a, b: x @ a @ b, (5, 6), (6, 3)), V, (6,)),
     Row("addmm", vector(F.relu), V, (6,)),
     Row("linear on tokens", vector(F.gelu), T, (6,)),
-    Row("bmm attention", lambda: Heads(by_hand), T, (3, 4, 4)),
-    Row("fused attention", lambda: Heads(F.scaled_dot_product_attention), T, (3, 4, 4)),
+    Row("bmm attention", lambda: Heads(by_hand), T, (3, 4), "equal parts"),
+    Row("fused attention", lambda: Heads(F.scaled_dot_product_attention), T, (3, 4), "equal parts"),
     Row("mv", lambda: Weighted(lambda x, a, b: (x @ a) @ b, (5, 6), (6,)), V, (6,)),
     Row(
         "dot",
@@ -124,6 +126,7 @@ ROWS = (
     Row("layer norm", vector(nn.LayerNorm(6)), V, (6,)),
     Row("rms norm", vector(nn.RMSNorm(6)), V, (6,)),
     Row("group norm", image(nn.GroupNorm(2, 6)), I, (2, 3)),
+    Row("group norm, a number", image(lambda x: F.group_norm(x, 2)), I, (3,), "a number of groups"),
     Row("instance norm", image(nn.InstanceNorm2d(6, affine=True)), I, (6,)),
     Row("pointwise with itself", vector(lambda x: x * torch.sigmoid(x) + x), V, (6,)),
     Row("prelu", image(nn.PReLU(6)), I, (6,)),
@@ -141,19 +144,20 @@ ROWS = (
     Row("expand", vector(lambda x: (x[:, None].expand(4, 7, x.shape[-1]) * 2).sum(1)), V, (6,)),
     Row("repeat", vector(lambda x: x.repeat(1, 2), 6, 12), V, (6,)),
     Row("cat", vector(lambda x: torch.cat([x, x.relu()], -1), 6, 12), V, (6,)),
-    Row("cat of unlike halves", vector(lambda x: torch.cat([x[:, 2:], x[:, :2]], -1)), V, (2, 4)),
+    Row("cat of two", lambda: Weighted(lambda x, a, b, c: torch.cat([x @ a, (x @ b).relu()], 1) @ c, (5, 4), (5, 6), (10, 2)), V, (4, 6)),
     Row("stack", vector(lambda x: torch.stack([x, -x], 1).flatten(1), 6, 12), V, (6,)),
     Row("select", vector(lambda x: x * x[:, :1] + x.select(1, 2)[:, None]), V, (), "by number"),
     Row("unbind", vector(lambda x: torch.stack(x.unbind(1)[::-1], 1)), V, (), "by number"),
-    Row("slices", vector(lambda x: torch.cat([-x[..., 3:], x[..., :3]], -1)), V, (3,)),
+    Row("slices", vector(lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)), V, (3,)),
     Row("every second", vector(lambda x: x[:, ::2], 6, 3), V, (), "every n-th position"),
-    Row("split in parts", vector(lambda x: torch.cat(x.split([2, 4], 1)[::-1], 1)), V, (2, 4), ""),
+    Row("split in parts", vector(lambda x: torch.cat(x.split([2, 4], 1)[::-1], 1)), V, (), "split([2, 4], 1)"),
     Row("chunk", vector(lambda x: x.chunk(2, -1)[0] * x.chunk(2, -1)[1], 12, 6), V, (6,), "equal parts"),
     Row("pad", vector(lambda x: F.pad(x, (1, 2)), 6, 9), V, (6,), "an amount of padding"),
     Row("pixel shuffle", image(nn.PixelShuffle(2), 12, 3), I, (3,), "an upscale factor"),
     Row("pixel unshuffle", image(nn.PixelUnshuffle(2), 6, 24), I, (6,), "a downscale factor"),
-    Row("channel shuffle", image(nn.ChannelShuffle(2), 6), I, (3,), "ChannelShuffle"),
-    Row("max pool", image(nn.MaxPool2d(2)), I, (6,), "neighbours in space"),
+    Row("channel shuffle", image(nn.ChannelShuffle(2), 6), I, (2, 3)),
+    Row("channel shuffle, a number", image(lambda x: F.channel_shuffle(x, 2)), I, (3,), "a number of groups"),
+    Row("max pool", image(nn.MaxPool2d(2)), I, (6,), "kernel size"),
     Row("adaptive pool", image(nn.AdaptiveAvgPool2d(3)), I, (6,)),
     Row("upsample", image(nn.Upsample(scale_factor=2)), I, (6,)),
     Row("unfold", lambda: Between(nn.Conv2d(3, 6, 1), lambda x: F.unfold(x, 2).transpose(1, 2), nn.Linear(24, 2)), I, (6,), "a kernel size"),
@@ -202,3 +206,71 @@ def test_a_silent_unit_can_be_taken_out(row: Row) -> None:
             continue
         for unit in range(width.size):
             assert worst_difference(model, args, axes, width, unit) < TOLERANCE, width.name
+
+
+def fused(op: str, *shapes: tuple[int, ...], **fields: object) -> tuple[Site, list[Dims]]:
+    """Apply the rule of an operator that this device takes apart before it is seen."""
+    refs = [TensorRef(-1 - number, shape, torch.float32) for number, shape in enumerate(shapes)]
+    x, out, weight, *bias = refs
+    draft = Draft()
+    draft.dims.update({ref: tuple(map(Axis, ref.shape)) for ref in (x, weight, *bias)})
+    for ref, name in zip((weight, *bias), ("weight", "bias"), strict=False):
+        draft.labels[ref] = tuple(frozenset([Label(name, d)]) for d in range(len(ref.shape)))
+        draft.weights.add(ref)
+    middle = () if op == "aten.linear" else ((weight.shape),)
+    args = (x, *middle, weight, *bias)
+    site = Site(Call(op, "", args, {}, (out,), "m", None, pointwise=False), draft, fields)
+    return site, [tuple(dims) for dims in RULES[op](site)]
+
+
+def test_the_rule_of_an_undivided_linear() -> None:
+    """(..., k) with (n, k): k is one axis, rows produce, columns consume, the bias goes along."""
+    site, [out] = fused("aten.linear", (4, 7, 5), (4, 7, 6), (6, 5), (6,))
+    x, weight, bias = (site.dims(ref) for ref in site.call.inputs)
+    assert find(x[-1]) is find(weight[1])
+    assert find(out[-1]) is find(weight[0]) is find(bias[0])
+    assert {(m.label.name, m.label.dim, m.role) for m in site.draft.marks} == {
+        ("weight", 0, "producer"),
+        ("weight", 1, "consumer"),
+        ("bias", 0, "elementwise"),
+    }
+
+
+def test_the_rule_of_a_fused_rms_norm() -> None:
+    """The scale goes with the last dimension, over which the mean square is taken."""
+    site, [out] = fused("aten._fused_rms_norm", (4, 6), (4, 6), (6,), eps=None)
+    x, weight = (site.dims(ref) for ref in site.call.inputs)
+    assert find(x[-1]) is find(weight[0]) is find(out[-1])
+    [mix] = site.draft.mixes
+    assert (mix.kind, mix.data["weight"], mix.data["eps_attribute"]) == (
+        "mean_square",
+        {"weight"},
+        "eps",
+    )
+
+
+DIRECT = {"linear", "rms_norm"}
+
+
+def test_every_rule_has_a_row() -> None:
+    """A rule that no row of the table reaches fails here, by its name."""
+    seen = {
+        RULES[call.op].__name__
+        for row in ROWS
+        for trace in mapped(row)[2].traces
+        for call in trace.calls
+        if call.op in RULES
+    }
+    assert {function.__name__ for function in RULES.values()} - seen - DIRECT == set()
+
+
+def test_groups_of_a_transposed_convolution_are_read_inside() -> None:
+    """Its first dimension is (groups, inputs of a group): the second factor is read."""
+    axes = mapped(next(row for row in ROWS if row.name == "transposed conv groups"))[2]
+    roles = {
+        width.size: place.roles
+        for width in axes.widths.values()
+        for place in width.appearances
+        if (place.tensor, place.dim) == ("1.weight", 0)
+    }
+    assert roles == {2: {"producer"}, 3: {"consumer"}}

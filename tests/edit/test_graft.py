@@ -247,6 +247,15 @@ def test_an_insertion_at_the_root(edit: Edit) -> None:
     assert len(model) == 3
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_branch_has_the_mode_of_its_module(training: bool) -> None:
+    """A frozen part of the model gets no branch that counts batch statistics."""
+    model = net()
+    model.features.train(training)
+    apply(model, InsertConv("features.2"), (X,))
+    assert all(m.training is training for m in model.features.modules())
+
+
 def test_two_nested_residuals() -> None:
     """A skip inside a span that has one."""
     model = grafted(InsertResidual("features.3"), InsertResidual("features"))

@@ -220,6 +220,17 @@ def test_a_live_graph_is_refused_and_still_works() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_refusal_does_not_spoil_the_graph_that_caused_it() -> None:
+    """An embedding alone would let itself be edited: what reads it is looked at first."""
+    model, tokens = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), torch.arange(5)[None]
+    loss = model(tokens).square().mean()
+    with pytest.raises(GuardError) as caught:
+        apply(model, Widen("0", by=2), (tokens,))
+    check(caught.value, ("1.weight",))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_spent_loss_may_live_on() -> None:
     """After its backward a loss that is still held neither forbids an edit nor breaks the next."""
     model, optimizer = net()

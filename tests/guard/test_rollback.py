@@ -246,6 +246,44 @@ def _edit_run_and_fail(tx: Transaction, losses: list[Tensor], backward: bool) ->
     raise KeyboardInterrupt
 
 
+def test_a_spent_loss_held_over_a_roll_back_does_no_harm() -> None:
+    """The loss of the step before lives on in most loops; the next backward must not meet it."""
+    model, made = world()
+    twin, twins = copy.deepcopy((model, made))
+    made.zero_grad()
+    held = zoo.loss(model, ARGS)
+    held.backward()
+    zoo.loss(twin, ARGS)  # batch statistics move once here too
+    with pytest.raises(ZeroDivisionError), transaction(model, made) as tx:
+        _edit_all_and_fail(tx)
+    assert train(model, ARGS, made, 3) == train(twin, ARGS, twins, 3)
+    assert held.isfinite()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_inside_the_block_does_not_reach_what_is_kept(optimizer: str) -> None:
+    """Tensors and state an edit replaced come back as they were, ``step`` included."""
+    model, made = world(optimizer)
+    before = snapshot(model, made)
+    touched = AXES.widths["net.0.out"].appearances
+    with pytest.raises(KeyboardInterrupt), transaction(model, made) as tx:
+        _edit_train_and_fail(tx, made)
+    after = snapshot(model, made)
+    for place in touched:
+        assert after[f"{place.tensor}: value"] == before[f"{place.tensor}: value"]
+    kept = {id(model.get_parameter(p.tensor)) for p in touched if "running" not in p.tensor}
+    states = [key for key in before if key.startswith("state ") and key != "state keys"]
+    seen = [key for key in states if before[key][0] in kept]
+    assert len(seen) == len(kept) == 5
+    assert all(after[key] == before[key] for key in seen)
+
+
+def _edit_train_and_fail(tx: Transaction, optimizer: torch.optim.Optimizer) -> None:
+    tx.apply(Widen("net.0", by=2), ARGS)
+    train(tx.model, ARGS, optimizer, 1)
+    raise KeyboardInterrupt
+
+
 # --- trials ----------------------------------------------------------------------------------
 
 

@@ -183,7 +183,7 @@ def test_a_trial_that_fails_its_verdict_is_taken_back_bit_for_bit(
 def _before_the_trial(run: Run) -> Any:
     assert run.evolver is not None
     assert run.evolver._trial is not None
-    trial = run.evolver._trial[1]
+    trial = run.evolver._trial.trial
     names = {id(t): n for n, t in run.model.state_dict(keep_vars=True).items()}
     return {names[id(t)]: old.clone() for t, old in trial._tensors if id(t) in names}
 

@@ -156,7 +156,9 @@ def _grouped(
     other = algebra.product([*outer, columns])
     site.bind("groups", [algebra.product(outer)])
     # A group's rows are new as a whole; only the axis inside a group can be read by others.
-    site.role(weight, 0, "producer")
+    for number, part in enumerate(per_group):
+        inside = transposed and number >= len(outer)
+        site.role(weight, 0, "consumer" if inside else "producer", part=part)
     site.role(weight, 1, "producer" if transposed else "consumer")
     return (rows, other) if transposed else (other, rows)
 
@@ -222,6 +224,6 @@ def embedding(site: Site) -> list[Dims]:
     table, indices = site.call.inputs[:2]
     site.pin(site.axis(table, 0), "rows taken by number (embedding table)")
     site.role(table, 1, "producer")
-    labels = ((frozenset(),) * len(indices.shape)) + (site.labels(table)[1],)
-    site.set_labels(site.call.outputs[0], labels)
+    nowhere: frozenset[Label] = frozenset()
+    site.set_labels(site.call.outputs[0], (*[nowhere] * len(indices.shape), site.labels(table)[1]))
     return [(*site.dims(indices), site.axis(table, 1))]

@@ -108,7 +108,7 @@ def group_norm(site: Site) -> list[Dims]:
         size = channels.size // groups
         outer, inside = site.free(groups), site.free(size)
         site.same(channels, algebra.product([outer, inside]))
-        site.bind("num_groups", [outer])
+        site.groups("num_groups", outer)
         inner = [inside] if size > 1 else []
     _affine(site, [r if isinstance(r, TensorRef) else None for r in refs], [channels])
     for axis in inner:

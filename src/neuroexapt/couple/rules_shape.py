@@ -354,5 +354,6 @@ def channel_shuffle(site: Site) -> list[Dims]:
     x, groups = site.call.args[:2]
     group, inner = site.free(groups), site.free(x.shape[1] // groups)
     site.same(site.axis(x, 1), algebra.product([group, inner]))
+    site.groups("groups", group)
     shuffled = algebra.product([inner, group])
     return [(site.axis(x, 0), shuffled, *site.dims(x)[2:])]

@@ -178,10 +178,12 @@ class Site:
         """State the origin of an output's dimensions where the default (all) is too wide."""
         self.draft.labels[ref] = tuple(labels)
 
-    def role(self, ref: TensorRef, dim: int, role: str, fill: str = "mean") -> None:
-        """Say what the parameters behind a dimension do in this call."""
+    def role(
+        self, ref: TensorRef, dim: int, role: str, fill: str = "mean", part: Axis | None = None
+    ) -> None:
+        """Say what the parameters behind a dimension, or behind a part of it, do in this call."""
         for label in self.labels(ref)[dim]:
-            self.draft.marks[Mark(label, self.axis(ref, dim), role, fill)] = None
+            self.draft.marks[Mark(label, part or self.axis(ref, dim), role, fill)] = None
 
     def mix(self, axis: Axis, kind: str, **data: Any) -> None:
         """Say that this call mixes over the axis."""
@@ -196,12 +198,21 @@ class Site:
                 return {"eps": known, "eps_attribute": name}
         return {}
 
-    def bind(self, attribute: str, axes: Sequence[Axis], *, is_tuple: bool = False) -> None:
+    def bind(self, attribute: str, axes: Sequence[Axis], *, is_tuple: bool = False) -> bool:
         """Say that an attribute of the calling module, if it has one, repeats these sizes."""
         sizes = tuple(axis.size for axis in axes)
-        value = self.fields.get(attribute)
-        if value == (sizes if is_tuple else sizes[0]):
+        found = bool(self.fields.get(attribute) == (sizes if is_tuple else sizes[0]))
+        if found:
             self.draft.binds.append(Bind(self.call.module, attribute, tuple(axes), is_tuple))
+        return found
+
+    def groups(self, attribute: str, axis: Axis) -> None:
+        """A number of groups given to the operator: the module's attribute, else fixed.
+
+        A run with other sizes would not show it: 4 groups of 3 are also 2 groups of 6.
+        """
+        if not self.bind(attribute, [axis]):
+            self.pin(axis, "a number of groups")
 
     def produce(self, ref: TensorRef) -> None:
         """Mark every dimension of a weight as producing."""

@@ -1,0 +1,139 @@
+"""Write a run down: one journal event for each thing that happens."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import fields
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuroexapt.edit import Edit
+from neuroexapt.guard import Applied
+from neuroexapt.measure import HoldoutScore, count_parameters, layers
+from neuroexapt.plan import Candidate, Decision, Limits, Settings
+from neuroexapt.record import Journal
+
+
+class Chronicle:
+    """The journal of one run; ``epoch`` and ``step`` are stamped on what needs them.
+
+    Args:
+        path: JSON Lines file; None keeps the events in memory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.journal = Journal(path)
+        self.epoch_number = 0
+        self.step = 0
+        self._proposals = 0
+
+    def start(self, model: nn.Module, flops: int, limits: Limits, settings: Settings) -> None:
+        """The model before anything, the limits and the environment."""
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.journal.write(
+            "start",
+            run=type(model).__name__,
+            model=_model_fields(model, flops),
+            budget={"params": limits.parameters, "flops": limits.flops},
+            settings=settings,
+            environment={
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "platform": platform.platform(),
+                "device": str(device),
+                "neuroexapt": metadata.version("neuroexapt"),
+            },
+        )
+
+    def epoch(
+        self, score: HoldoutScore, accuracy: float | None, parameters: int, flops: int, memory: int
+    ) -> None:
+        """The model that goes into the next epoch."""
+        self.journal.write(
+            "epoch",
+            epoch=self.epoch_number,
+            step=self.step,
+            holdout_loss=score.loss,
+            holdout_error=score.error,
+            holdout_accuracy=accuracy,
+            parameters=parameters,
+            flops=flops,
+            memory_bytes=memory,
+        )
+
+    def proposal(self, decision: Decision, candidate: Candidate) -> int:
+        """What is about to be tried and why; returns its number."""
+        self._proposals += 1
+        self.journal.write(
+            "proposal",
+            id=self._proposals,
+            epoch=self.epoch_number,
+            step=self.step,
+            kind=candidate.kind,
+            at=candidate.edit.place,
+            edit=_edit_fields(candidate.edit),
+            reason=decision.why,
+            predicted={
+                "loss": candidate.loss,
+                "parameters": candidate.parameters,
+                "flops": candidate.flops,
+            },
+            readings=candidate.readings,
+            runner_up=decision.runner_up,
+        )
+        return self._proposals
+
+    def applied(self, number: int, done: Applied) -> None:
+        """What the edit did to the model."""
+        self.journal.write(
+            "applied",
+            id=number,
+            parameters_before=done.parameters_before,
+            parameters_after=done.parameters_after,
+            max_difference=done.max_difference,
+            seconds=done.seconds,
+        )
+
+    def verdict(
+        self, number: int, verdict: str, why: str, realised: dict[str, float] | None = None
+    ) -> None:
+        """The end of a proposal: ``"kept"``, ``"rolled_back"`` or ``"refused"``."""
+        self.journal.write(
+            "verdict",
+            id=number,
+            epoch=self.epoch_number,
+            step=self.step,
+            verdict=verdict,
+            why=why,
+            realised=realised,
+        )
+
+    def end(self, model: nn.Module, flops: int, seconds: float, overhead: float) -> None:
+        """The model after everything; closes the journal."""
+        self.journal.write(
+            "end",
+            epoch=self.epoch_number,
+            step=self.step,
+            model=_model_fields(model, flops),
+            seconds=seconds,
+            overhead_seconds=overhead,
+        )
+        self.journal.close()
+
+
+def _model_fields(model: nn.Module, flops: int) -> dict[str, Any]:
+    return {
+        "class": type(model).__name__,
+        "parameters": count_parameters(model),
+        "flops": flops,
+        "layers": layers(model),
+    }
+
+
+def _edit_fields(edit: Edit) -> dict[str, Any]:
+    """The edit's settings without the scores, which the readings sum up."""
+    return {f.name: getattr(edit, f.name) for f in fields(edit) if f.name != "scores"}
