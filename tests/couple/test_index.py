@@ -124,7 +124,7 @@ def _any_new(expr: Expr, flags: dict[str, np.ndarray]) -> np.ndarray:
 def test_unit_of_says_which_positions_a_unit_takes_along(
     case: tuple[Expr, dict[str, Positions]],
 ) -> None:
-    """Position p is on unit u exactly if p is gone when u alone is gone (atoms met once a place)."""
+    """Position p is on unit u exactly if p is gone when u alone is gone."""
     expr, _ = case
     for leaf in leaves(expr):
         if _twice_in_a_product(expr, leaf.name):

@@ -21,6 +21,7 @@ from neuroexapt.errors import (
     VerifyError,
 )
 from neuroexapt.guard import Trial, transaction
+from neuroexapt.guard.verify import _check_fake, behaviour
 from tests.laws.world import changes, snapshot
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -334,3 +335,16 @@ def test_a_broken_promise_is_found_and_taken_back(kind: str, word: str) -> None:
         apply(model, Widen("fc1", by=2), args)
     check(caught.value, (word,))
     assert not changes(before, snapshot(model))
+
+
+def test_fake_tensors_go_first_on_an_accelerator() -> None:
+    """The check that runs there before the real batch finds wrong shapes and failing forwards."""
+    model, args = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.ones(4, 3),)
+    before = behaviour(model, args, {}, (False, True))
+    _check_fake(model, args, {}, before)
+    for broken, word in (
+        (nn.Linear(3, 5), "shapes"),
+        (nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 2)), "RuntimeError"),
+    ):
+        with pytest.raises(VerifyError, match=word):
+            _check_fake(broken, args, {}, before)

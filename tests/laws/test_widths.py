@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neuroexapt import AxisMap, Narrow, Widen
 from neuroexapt.capture.run import named_tensors
@@ -94,21 +94,24 @@ def test_widen_keeps_the_function(name: str, dtype: torch.dtype) -> None:
 ONE_MAY_BE_DEAD = {("inception_branches", "mixed1.branch3.1.out")}
 
 
+# Adam would blow up gradients that are rounding errors: with plain steps these stay below this.
+NOISE = 1e-7
+
+
 @each
 def test_a_widened_model_lives(name: str) -> None:
-    """It is applied, copied, saved and trained on; every new unit is read and has been moved."""
+    """It is applied, copied, saved and trained on; every new unit is read and gets gradient."""
     args = zoo.example(name, batch=8)
     for width in widenable(name):
         model = calm(name)
         with transaction(model) as tx:
             tx.apply(Widen(width.name, by=2), args, axes=mapped(name))
         check_copies(model, args, width.name)
-        start = {key: tensor.detach().clone() for key, tensor in named_tensors(model).items()}
-        losses = train(model, args, torch.optim.Adam(model.parameters(), lr=1e-2), 3)
+        losses = train(model, args, torch.optim.SGD(model.parameters(), lr=0.05), 3)
         assert all(torch.tensor(losses).isfinite()), width.name
-        uses = [_use(name, model, width, unit, start) for unit in (width.size, width.size + 1)]
+        uses = [_use(name, model, width, unit) for unit in (width.size, width.size + 1)]
         enough = any if (name, width.name) in ONE_MAY_BE_DEAD else all
-        assert enough(read > 0 and moved > 0 for read, moved in uses), (width.name, uses)
+        assert enough(read > NOISE and learns > 0 for read, learns in uses), (width.name, uses)
 
 
 def check_copies(model: nn.Module, args: tuple[Any, ...], where: str) -> None:
@@ -124,20 +127,21 @@ def check_copies(model: nn.Module, args: tuple[Any, ...], where: str) -> None:
         assert torch.equal(outputs(other, args), expected), where
 
 
-def _use(
-    name: str, model: nn.Module, width: Width, unit: int, start: dict[str, Tensor]
-) -> tuple[float, float]:
-    """Sums over a unit's reading entries, and over the change of its making ones."""
-    read, moved, tensors = 0.0, 0.0, named_tensors(model)
+def _use(name: str, model: nn.Module, width: Width, unit: int) -> tuple[float, float]:
+    """Sums over a unit's reading entries, and over the last gradient of its making ones."""
+    read, learns = 0.0, 0.0
     for place in width.appearances:
+        if place.roles == {"elementwise"}:
+            continue
         old = mapped(name).tensors[place.tensor][place.dim]
         expr = resize_expr(old, width.name, width.size + 2)
         where = torch.from_numpy(np.flatnonzero(unit_of(expr, width.name) == unit))
-        now = tensors[place.tensor].detach().index_select(place.dim, where)
-        then = start[place.tensor].index_select(place.dim, where)
-        read += float(now.abs().sum()) if "consumer" in place.roles else 0.0
-        moved += float((now - then).abs().sum()) if "producer" in place.roles else 0.0
-    return read, moved
+        tensor = model.get_parameter(place.tensor)
+        if "consumer" in place.roles:
+            read += float(tensor.detach().index_select(place.dim, where).abs().sum())
+        if "producer" in place.roles and tensor.grad is not None:
+            learns += float(tensor.grad.index_select(place.dim, where).abs().sum())
+    return read, learns
 
 
 @each

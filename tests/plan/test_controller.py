@@ -159,7 +159,10 @@ def test_the_same_change_is_left_alone_after_two_failures_and_after_one_refusal(
     failed = replace(READY, failed={"Narrow fc to 4": 2})
     assert choose(failed, SETTINGS, FREE, [again], (1000, 0))[1].candidate is None
     assert choose(failed, SETTINGS, FREE, [again, other], (1000, 0))[1].candidate is other
-    assert choose(refused(READY, again), SETTINGS, FREE, [again], (1, 0))[1].candidate is None
+    unfit = refused(READY, again, for_good=True)
+    assert choose(unfit, SETTINGS, FREE, [again], (1, 0))[1].candidate is None
+    shocked = refused(READY, again, for_good=False)
+    assert choose(shocked, SETTINGS, FREE, [again], (1, 0))[1].candidate is again
 
 
 def test_predictions_of_a_kind_are_corrected_by_what_the_kind_brought() -> None:

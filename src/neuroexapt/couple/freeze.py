@@ -108,10 +108,12 @@ def _appearances(draft: Draft) -> dict[Axis, list[Appearance]]:
         for atom in set(algebra.atoms(mark.axis)):
             told.setdefault((mark.label.name, mark.label.dim, atom), []).append(mark)
     found: dict[Axis, list[Appearance]] = {}
+    first: dict[int, str] = {}  # tied names share their dims; marks are told of the first name
     for name, dims in draft.parameters.items():
+        known = first.setdefault(id(dims), name) if dims else name
         for dim, axis in enumerate(dims):
             for atom in dict.fromkeys(algebra.atoms(axis)):
-                marks = told.get((name, dim, atom), [])
+                marks = told.get((known, dim, atom), [])
                 roles = frozenset(mark.role for mark in marks) or frozenset(["elementwise"])
                 fill = marks[0].fill if marks else "mean"
                 found.setdefault(atom, []).append(Appearance(name, dim, roles, fill))

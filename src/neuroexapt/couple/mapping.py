@@ -46,9 +46,9 @@ def map_axes(
         0.bias 0 elementwise
         1.weight 0 elementwise
         1.bias 0 elementwise
+        2.weight 1 consumer
         1.running_mean 0 elementwise
         1.running_var 0 elementwise
-        2.weight 1 consumer
     """
     example = (tuple(args), dict(kwargs or {}))
     traces = capture_both(model, *example)

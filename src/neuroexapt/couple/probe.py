@@ -67,12 +67,19 @@ class Prober:
         return list(found)
 
     def first_conflict(
-        self, held: Iterable[Axis] = (), binds: Sequence[Bind] = ()
+        self,
+        held: Iterable[Axis] = (),
+        binds: Sequence[Bind] = (),
+        alike: Mapping[Axis, Axis] | None = None,
     ) -> Conflict | None:
-        """Resize every free atom but those held, run, and return the first disagreement."""
+        """Resize every free atom but those held, run, and return the first disagreement.
+
+        ``alike`` names atoms that grow as much as another one.
+        """
         kept = set(held)
         atoms = [atom for atom in self.free_atoms() if atom not in kept]
         sizes = self._grown(atoms)
+        sizes.update((atom, sizes.get(other, other.size)) for atom, other in (alike or {}).items())
         shapes = self._shapes(sizes)
         values = attribute_values([*self.draft.binds, *binds], sizes)
         for number, trace in enumerate(self.traces):
@@ -170,6 +177,8 @@ class Prober:
             if self._helps(conflict, held=others, binds=[bind]):
                 self._bind_alike(call, bind, is_free)
                 return
+        if self._join(call, conflict, suspects):
+            return
         for culprit in self._culprits(conflict, suspects) or self._culprits(conflict, free) or free:
             self._pin_alike(call, culprit, conflict.detail, is_free)
 
@@ -190,9 +199,13 @@ class Prober:
         return atoms
 
     def _helps(
-        self, conflict: Conflict, held: Sequence[Axis] = (), binds: Sequence[Bind] = ()
+        self,
+        conflict: Conflict,
+        held: Sequence[Axis] = (),
+        binds: Sequence[Bind] = (),
+        alike: Mapping[Axis, Axis] | None = None,
     ) -> bool:
-        after = self.first_conflict(held, binds)
+        after = self.first_conflict(held, binds, alike)
         return (after.position if after else self.end) > conflict.position
 
     def _candidate_binds(self, call: Call, conflict: Conflict) -> Iterator[Bind]:
@@ -206,15 +219,44 @@ class Prober:
                         if axis.size == value:
                             yield Bind(path, name, (axis,))
 
+    def _join(self, call: Call, conflict: Conflict, suspects: list[Axis]) -> bool:
+        """One number for two widths (``head_dim`` of keys and of values): make them one."""
+        around = set(_outwards(call.module))
+        for bind in self.draft.binds:
+            bound = find(bind.axes[0])
+            if bind.module not in around or bind.is_tuple or bound.form != "atom" or bound.pin:
+                continue
+            for atom in suspects:
+                if atom.size != bound.size or atom is bound:
+                    continue
+                others = [a for a in suspects if a not in (atom, bound)]
+                if self._helps(conflict, held=others, alike={atom: bound}):
+                    self._join_alike(call, bind, atom, set(self.free_atoms()))
+                    return True
+        return False
+
+    def _join_alike(self, call: Call, bind: Bind, atom: Axis, free: set[Axis]) -> None:
+        """Join here, and in every module that runs the same line with the same number."""
+        place = self._place_in(call, atom, free)
+        bound = {(b.module, b.attribute): b.axes[0] for b in self.draft.binds if not b.is_tuple}
+        pairs = [(atom, find(bind.axes[0]))]
+        for other in self._same_line(call):
+            axis = self._at(other, place, free)
+            partner = bound.get((_owner(call, bind, other), bind.attribute))
+            if axis in free and partner is not None and find(partner) in free:
+                pairs.append((axis, find(partner)))
+        for a, b in pairs:
+            if a.size == b.size:
+                algebra.unify(a, b)
+
     def _bind_alike(self, call: Call, bind: Bind, free: set[Axis]) -> None:
         """Bind here, and in every module that runs the same line with the same number."""
         self.draft.binds.append(bind)
         kind = type(self.model.get_submodule(bind.module))
-        depth = call.module.count(".") - bind.module.count(".") if bind.module else None
         place = self._place_in(call, bind.axes[0], free)
         bound = {(known.module, known.attribute) for known in self.draft.binds}
         for other in self._same_line(call):
-            path = "" if depth is None else ".".join(other.module.split(".")[: -depth or None])
+            path = _owner(call, bind, other)
             if (path, bind.attribute) in bound:
                 continue
             axis = self._at(other, place, free)
@@ -254,6 +296,14 @@ class Prober:
             return None
         parts = _sizes_in([axes[place[0]]], free)
         return parts[place[1]] if place[1] < len(parts) else None
+
+
+def _owner(call: Call, bind: Bind, other: Call) -> str:
+    """The module that is to another call what the bind's module is to this one."""
+    if not bind.module:
+        return ""
+    depth = call.module.count(".") - bind.module.count(".")
+    return ".".join(other.module.split(".")[: -depth or None])
 
 
 def predicted(axis: Axis, sizes: Mapping[Axis, int]) -> int:

@@ -246,9 +246,14 @@ def bearable(
     return Verdict(isfinite(step) and step <= allowed, why, step)
 
 
-def refused(state: State, candidate: Candidate) -> State:
-    """The state after a candidate could not be applied: it is not tried again."""
-    failed = {**state.failed, _name(candidate): _TRIES}
+def refused(state: State, candidate: Candidate, *, for_good: bool) -> State:
+    """The state after a candidate was not put on trial.
+
+    ``for_good``: it could not be applied, and never will; else it failed its first check, which
+    another day may turn out otherwise.
+    """
+    failures = _TRIES if for_good else state.failed.get(_name(candidate), 0) + 1
+    failed = {**state.failed, _name(candidate): failures}
     return replace(state, failed=failed, fruitless=state.fruitless + 1)
 
 

@@ -268,13 +268,13 @@ class Evolver:
         try:
             done = trial.apply(candidate.edit, *self._example, axes=axes)
         except NeuroExaptError as error:
-            self._refuse(number, candidate, str(error))
+            self._refuse(number, candidate, str(error), for_good=True)
             return
         step = evaluate(self.model, self.loss_fn, self.holdout).loss - self._kept_score.loss
         first = bearable(self.state, self.settings, self.limits, candidate, step)
         if not first.kept:
             trial.roll_back()
-            self._refuse(number, candidate, first.why)
+            self._refuse(number, candidate, first.why, for_good=False)
             return
         self._axes = None
         self.state = started(self.state, candidate)
@@ -282,6 +282,6 @@ class Evolver:
         self._trial = _Pending(number, trial, added)
         self.chronicle.applied(number, done)
 
-    def _refuse(self, number: int, candidate: Candidate, why: str) -> None:
-        self.state = refused(self.state, candidate)
+    def _refuse(self, number: int, candidate: Candidate, why: str, *, for_good: bool) -> None:
+        self.state = refused(self.state, candidate, for_good=for_good)
         self.chronicle.verdict(number, "refused", why)

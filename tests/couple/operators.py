@@ -1,0 +1,300 @@
+"""One row per family of operators: a tiny model around it, and the widths that it must have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Between(nn.Module):
+    """A function between two layers, so that the width of the first flows through it."""
+
+    def __init__(self, first: nn.Module, op: Callable[..., Tensor], last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.op, self.last = first, op, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.op(self.first(x)))
+
+
+class Weighted(nn.Module):
+    """A function of the input and of bare parameters of given shapes."""
+
+    def __init__(self, op: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.op = op
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, *self.weights)
+
+
+class Heads(nn.Module):
+    """Attention by hand: one fused projection, heads as an attribute."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.heads, self.attend = 3, attend
+        self.qkv, self.out = nn.Linear(5, 3 * 3 * 4), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            part.view(batch, tokens, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, -1)
+        )
+        return self.out(self.attend(q, k, v).transpose(1, 2).reshape(batch, tokens, -1))
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5, -1) @ v
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tiny model around an operator.
+
+    ``widths``: the sizes of all widths that must be found; ``pinned``: a text that the reason
+    of some pin must have.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    widths: tuple[int, ...]
+    pinned: str = "contract with its caller"
+
+
+def vector(op: Callable[..., Tensor], width: int = 6, after: int | None = None) -> Any:
+    """(4, 5) -> width -> the operator -> 3 outputs."""
+    return lambda: Between(nn.Linear(5, width), op, nn.Linear(after or width, 3))
+
+
+def image(op: Callable[..., Tensor], width: int = 6, after: int | None = None) -> Any:
+    """(2, 3, 8, 8) -> width channels -> the operator -> 3 channels."""
+    return lambda: Between(nn.Conv2d(3, width, 1), op, nn.Conv2d(after or width, 3, 1))
+
+
+def conv(*layers: nn.Module) -> Any:
+    return lambda: nn.Sequential(*layers)
+
+
+VECTOR, TOKENS, IMAGE = (4, 5), (4, 7, 5), (2, 3, 8, 8)
+FLAT = torch.tensor([2, 0, 1, 5])
+
+ROWS = (
+    Row("mm", lambda: Weighted(lambda x, a, b: x @ a @ b, (5, 6), (6, 3)), VECTOR, (6,)),
+    Row("addmm", vector(F.relu), VECTOR, (6,)),
+    Row("linear on tokens", vector(F.gelu), TOKENS, (6,)),
+    Row("bmm attention", lambda: Heads(by_hand), TOKENS, (3, 4), "equal parts"),
+    Row(
+        "fused attention",
+        lambda: Heads(F.scaled_dot_product_attention),
+        TOKENS,
+        (3, 4),
+        "equal parts",
+    ),
+    Row("mv", lambda: Weighted(lambda x, a, b: (x @ a) @ b, (5, 6), (6,)), VECTOR, (6,)),
+    Row(
+        "dot",
+        lambda: Weighted(lambda x, a, b: x * torch.dot(a, b), (6,), (6,)),
+        VECTOR,
+        (),
+        "no layer produces it",
+    ),
+    Row("conv", conv(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.Conv2d(4, 2, 1)), IMAGE, (4, 6)),
+    Row("conv groups", conv(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 3, groups=2)), IMAGE, (3,)),
+    Row(
+        "depthwise",
+        conv(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 2, 1)),
+        IMAGE,
+        (6,),
+    ),
+    Row(
+        "depth multiplier",
+        conv(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 12, 3, groups=6), nn.Conv2d(12, 2, 1)),
+        IMAGE,
+        (2, 6),
+    ),
+    Row(
+        "grouped conv inside",
+        conv(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(12, 2, 1)),
+        IMAGE,
+        (2, 3, 4),
+    ),
+    Row(
+        "transposed conv",
+        conv(nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 4, 2), nn.Conv2d(4, 2, 1)),
+        IMAGE,
+        (4, 6),
+    ),
+    Row(
+        "transposed conv groups",
+        conv(nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 8, 2, groups=2), nn.Conv2d(8, 2, 1)),
+        IMAGE,
+        (2, 3, 4),
+    ),
+    Row(
+        "embedding",
+        lambda: Weighted(lambda x, e, w: F.embedding(x.long().abs() % 9, e) @ w, (9, 6), (6, 2)),
+        VECTOR,
+        (6,),
+        "rows taken by number",
+    ),
+    Row("batch norm", conv(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)), IMAGE, (6,)),
+    Row("layer norm", vector(nn.LayerNorm(6)), VECTOR, (6,)),
+    Row("rms norm", vector(nn.RMSNorm(6)), VECTOR, (6,)),
+    Row("group norm", image(nn.GroupNorm(2, 6)), IMAGE, (2, 3)),
+    Row(
+        "group norm, a number",
+        image(lambda x: F.group_norm(x, 2)),
+        IMAGE,
+        (3,),
+        "a number of groups",
+    ),
+    Row("instance norm", image(nn.InstanceNorm2d(6, affine=True)), IMAGE, (6,)),
+    Row("pointwise with itself", vector(lambda x: x * torch.sigmoid(x) + x), VECTOR, (6,)),
+    Row("prelu", image(nn.PReLU(6)), IMAGE, (6,)),
+    Row(
+        "residual",
+        lambda: nn.Sequential(
+            nn.Linear(5, 6),
+            Between(nn.Identity(), lambda x: x + 1, nn.Linear(6, 6)),
+            nn.Linear(6, 3),
+        ),
+        VECTOR,
+        (6, 6),
+    ),
+    Row("softmax", vector(lambda x: x.softmax(-1)), VECTOR, (6,)),
+    Row("mean", image(lambda x: x.mean((2, 3), keepdim=True)), IMAGE, (6,)),
+    Row("max with indices", image(lambda x: x.flatten(2).max(2)[0][..., None, None]), IMAGE, (6,)),
+    Row("sum over the width", vector(lambda x: x - x.sum(-1, keepdim=True)), VECTOR, (6,)),
+    Row("cumsum", vector(lambda x: x.cumsum(-1)), VECTOR, (), "an order that matters"),
+    Row("glu", vector(lambda x: F.glu(x, -1), 12, 6), VECTOR, (6,), "two halves"),
+    Row(
+        "flatten",
+        lambda: Between(nn.Conv2d(3, 6, 1), lambda x: x.flatten(1), nn.Linear(6 * 64, 3)),
+        IMAGE,
+        (6,),
+    ),
+    Row(
+        "unflatten",
+        lambda: Between(
+            nn.Linear(5, 12),
+            lambda x: x.view(4, 3, -1).transpose(1, 2).flatten(1),
+            nn.Linear(12, 2),
+        ),
+        VECTOR,
+        (4,),
+        "view(4, 3, -1)",
+    ),
+    Row("squeeze", vector(lambda x: x[:, None].unsqueeze(-1).squeeze()), VECTOR, (6,)),
+    Row(
+        "permute",
+        lambda: Between(nn.Conv2d(3, 6, 1), lambda x: x.permute(0, 2, 3, 1), nn.Linear(6, 3)),
+        IMAGE,
+        (6,),
+    ),
+    Row(
+        "expand", vector(lambda x: (x[:, None].expand(4, 7, x.shape[-1]) * 2).sum(1)), VECTOR, (6,)
+    ),
+    Row("repeat", vector(lambda x: x.repeat(1, 2), 6, 12), VECTOR, (6,)),
+    Row("cat", vector(lambda x: torch.cat([x, x.relu()], -1), 6, 12), VECTOR, (6,)),
+    Row(
+        "cat of two",
+        lambda: Weighted(
+            lambda x, a, b, c: torch.cat([x @ a, (x @ b).relu()], 1) @ c, (5, 4), (5, 6), (10, 2)
+        ),
+        VECTOR,
+        (4, 6),
+    ),
+    Row("stack", vector(lambda x: torch.stack([x, -x], 1).flatten(1), 6, 12), VECTOR, (6,)),
+    Row(
+        "select", vector(lambda x: x * x[:, :1] + x.select(1, 2)[:, None]), VECTOR, (), "by number"
+    ),
+    Row("unbind", vector(lambda x: torch.stack(x.unbind(1)[::-1], 1)), VECTOR, (), "by number"),
+    Row(
+        "slices",
+        vector(lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)),
+        VECTOR,
+        (3,),
+    ),
+    Row("every second", vector(lambda x: x[:, ::2], 6, 3), VECTOR, (), "every n-th position"),
+    Row(
+        "split in parts",
+        vector(lambda x: torch.cat(x.split([2, 4], 1)[::-1], 1)),
+        VECTOR,
+        (),
+        "split([2, 4], 1)",
+    ),
+    Row(
+        "chunk",
+        vector(lambda x: x.chunk(2, -1)[0] * x.chunk(2, -1)[1], 12, 6),
+        VECTOR,
+        (6,),
+        "equal parts",
+    ),
+    Row("pad", vector(lambda x: F.pad(x, (1, 2)), 6, 9), VECTOR, (6,), "an amount of padding"),
+    Row("pixel shuffle", image(nn.PixelShuffle(2), 12, 3), IMAGE, (3,), "an upscale factor"),
+    Row("pixel unshuffle", image(nn.PixelUnshuffle(2), 6, 24), IMAGE, (6,), "a downscale factor"),
+    Row("channel shuffle", image(nn.ChannelShuffle(2), 6), IMAGE, (2, 3)),
+    Row(
+        "channel shuffle, a number",
+        image(lambda x: F.channel_shuffle(x, 2)),
+        IMAGE,
+        (3,),
+        "a number of groups",
+    ),
+    Row("max pool", image(nn.MaxPool2d(2)), IMAGE, (6,), "kernel size"),
+    Row("adaptive pool", image(nn.AdaptiveAvgPool2d(3)), IMAGE, (6,)),
+    Row("upsample", image(nn.Upsample(scale_factor=2)), IMAGE, (6,)),
+    Row(
+        "unfold",
+        lambda: Between(
+            nn.Conv2d(3, 6, 1), lambda x: F.unfold(x, 2).transpose(1, 2), nn.Linear(24, 2)
+        ),
+        IMAGE,
+        (6,),
+        "a kernel size",
+    ),
+    Row(
+        "fold",
+        lambda: Between(
+            nn.Linear(5, 24), lambda x: F.fold(x.transpose(1, 2), (3, 4), 2), nn.Conv2d(6, 2, 1)
+        ),
+        (2, 6, 5),
+        (6,),
+        "a kernel size",
+    ),
+    Row("roll", vector(lambda x: x.roll(1, -1)), VECTOR, (), "change places"),
+    Row("flip", image(lambda x: x.flip(-1)), IMAGE, (6,)),
+    Row(
+        "triangle",
+        vector(lambda x: x[:, None].expand(4, x.shape[1], x.shape[1]).tril().sum(1)),
+        VECTOR,
+        (),
+        "a triangle",
+    ),
+    Row("index", vector(lambda x: x[:, FLAT], 6, 4), VECTOR, (), "index tensor"),
+    Row("index of the batch", vector(lambda x: x[FLAT % 4]), VECTOR, (6,)),
+    Row(
+        "index_select", vector(lambda x: x.index_select(1, FLAT), 6, 4), VECTOR, (), "index tensor"
+    ),
+    Row(
+        "gather", vector(lambda x: x.gather(1, FLAT.expand(4, 4)), 6, 4), VECTOR, (), "index tensor"
+    ),
+    Row(
+        "index_put",
+        vector(lambda x: x.clone().index_put_((FLAT % 4,), x[:4] * 2)),
+        VECTOR,
+        (),
+        "written by an index",
+    ),
+    Row("create", vector(lambda x: x + torch.ones(x.shape[-1])), VECTOR, (6,)),
+    Row("constant table", vector(lambda x: x + torch.arange(6.0)), VECTOR, (), ""),
+)
