@@ -65,7 +65,9 @@ def inspect(
 
 
 def _stop(error: NeuroExaptError) -> typer.Exit:
-    errors.print(f"[bold red]{type(error).__name__}[/] {escape(str(error))}", soft_wrap=True, emoji=False)
+    errors.print(
+        f"[bold red]{type(error).__name__}[/] {escape(str(error))}", soft_wrap=True, emoji=False
+    )
     return typer.Exit(1)
 
 

@@ -60,7 +60,7 @@ class Row:
     """A tiny model around an operator.
 
     ``widths``: the sizes of all widths that must be found; ``pinned``: a text that the reason
-    of some pin must have.
+    of some pin must have (before the place in brackets, which quotes the row itself).
     """
 
     name: str
@@ -191,7 +191,7 @@ ROWS = (
         ),
         VECTOR,
         (4,),
-        "view(4, 3, -1)",
+        "holds its size as a number",
     ),
     Row("squeeze", vector(lambda x: x[:, None].unsqueeze(-1).squeeze()), VECTOR, (6,)),
     Row(
@@ -224,13 +224,13 @@ ROWS = (
         VECTOR,
         (3,),
     ),
-    Row("every second", vector(lambda x: x[:, ::2], 6, 3), VECTOR, (), "every n-th position"),
+    Row("every second", vector(lambda x: x[:, ::2], 6, 3), VECTOR, (), "every n-th position taken"),
     Row(
         "split in parts",
         vector(lambda x: torch.cat(x.split([2, 4], 1)[::-1], 1)),
         VECTOR,
         (),
-        "split([2, 4], 1)",
+        "holds its size as a number",
     ),
     Row(
         "chunk",

@@ -157,6 +157,7 @@ def _follow_modules(model: nn.Module, tape: _Tape) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         tape.stack.append(paths.get(id(module), tape.module))
 
+    # Without keyword inputs: torch does not clean up after a global hook that asks for them.
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         path = tape.stack.pop()
         # An `always_call` hook also runs while an exception unwinds; the output is then None.

@@ -19,7 +19,7 @@ from neuroexapt.couple.axismap import (
     Width,
 )
 from neuroexapt.couple.index import Expr, Leaf, Product, Sum
-from neuroexapt.couple.site import Bind, Draft, Label, Mark, Mix
+from neuroexapt.couple.site import Bind, Dims, Draft, Label, Mark, Mix
 
 # Attributes that repeat a whole channel count say nothing that ".out" does not.
 _PLAIN = {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
@@ -92,6 +92,16 @@ def _pin_unused(draft: Draft, traces: Iterable[Trace]) -> None:
         if not any(trace.tensors[name] in used for trace in traces):
             for axis in dims:
                 algebra.pin(axis, f"'{name}' is not used in this forward")
+            _pin_readers_choice(draft, name, dims[min(1, len(dims) - 1) :][:1])
+
+
+def _pin_readers_choice(draft: Draft, name: str, reads: Dims) -> None:
+    """A branch not taken cannot be followed: what it may read by its size stays as it is."""
+    sizes = {axis.size for axis in reads}
+    for dims in draft.parameters.values():
+        for axis in dims:
+            if find(axis).form == "atom" and axis.size in sizes:
+                algebra.pin(axis, f"'{name}', in a branch that this forward skips, may read it")
 
 
 def _pin_idle(appearances: Mapping[Axis, list[Appearance]]) -> None:

@@ -15,6 +15,7 @@ from neuroexapt.couple.freeze import freeze
 from neuroexapt.couple.probe import Prober
 from neuroexapt.couple.site import Draft
 from neuroexapt.couple.solve import solve
+from neuroexapt.errors import CaptureError
 
 
 def map_axes(
@@ -50,6 +51,13 @@ def map_axes(
         1.running_mean 0 elementwise
         1.running_var 0 elementwise
     """
+    if not isinstance(args, (tuple, list)):
+        raise CaptureError(
+            "args",
+            seen=f"a {type(args).__name__}",
+            needed="a tuple of the positional inputs of the forward",
+            next_step="pass args=(x,), and keyword inputs as kwargs={...}",
+        )
     example = (tuple(args), dict(kwargs or {}))
     traces = capture_both(model, *example)
     draft = Draft()

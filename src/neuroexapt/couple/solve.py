@@ -42,6 +42,9 @@ FIELDS: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
     nn.PReLU: {"num_parameters": ("weight", 0)},
 }
 
+# A form of a call that its rule was not written for shows in one of these; it is then unknown.
+_NOT_UNDERSTOOD = (algebra.Mismatch, AttributeError, IndexError, KeyError, TypeError, ValueError)
+
 
 def solve(model: nn.Module, trace: Trace, draft: Draft) -> None:
     """Add the couplings of one trace to the draft.
@@ -52,12 +55,23 @@ def solve(model: nn.Module, trace: Trace, draft: Draft) -> None:
     """
     fields = {path: _fields(module) for path, module in model.named_modules()}
     _seed(trace, draft)
+    _pin_held(model, draft)
     for call in trace.calls:
         _apply(Site(call, draft, fields.get(call.module, {})))
     for ref in trace.outputs:
         for axis in draft.dims.get(ref, ()):
             algebra.pin(axis, "the model's output is a contract with its caller")
     _bind_fields(model, draft)
+
+
+def _pin_held(model: nn.Module, draft: Draft) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            for name, _ in module.named_parameters(prefix=path, recurse=False):
+                for axis in draft.parameters[name]:
+                    algebra.pin(
+                        axis, f"{type(module).__name__} keeps its weights by weak reference"
+                    )
 
 
 def _fields(module: nn.Module) -> dict[str, Any]:
@@ -88,15 +102,20 @@ def _apply(site: Site) -> None:
         _unknown(site)
         return
     before = {ref for ref in site.call.outputs if ref in site.draft.dims}
-    for ref, dims in zip(site.call.outputs, rule(site), strict=True):
-        _assign(site, ref, tuple(dims), known=ref in before)
+    try:
+        outputs = [tuple(dims) for dims in rule(site)]
+    except _NOT_UNDERSTOOD:
+        _unknown(site)
+        return
+    if [tuple(a.size for a in dims) for dims in outputs] != [r.shape for r in site.call.outputs]:
+        _unknown(site)
+        return
+    for ref, dims in zip(site.call.outputs, outputs, strict=True):
+        _assign(site, ref, dims, known=ref in before)
     _spread_origin(site)
 
 
 def _assign(site: Site, ref: Any, dims: Dims, *, known: bool) -> None:
-    sizes = tuple(axis.size for axis in dims)
-    if sizes != ref.shape:
-        raise AssertionError(f"rule of {site.call.op} gave sizes {sizes} for shape {ref.shape}")
     if known:  # written in place: old and new are the same tensor
         for old, new in zip(site.draft.dims[ref], dims, strict=True):
             site.same(old, new)
@@ -123,11 +142,12 @@ def _unknown(site: Site) -> None:
     site.draft.unknown.setdefault(op, {})[site.call.module] = None
     for ref in site.call.inputs:
         for axis in site.dims(ref):
-            site.pin(axis, f"operator {op} has no rule")
+            site.pin(axis, f"operator {op} has no rule for this call")
     for ref in site.call.outputs:
-        site.draft.dims[ref] = tuple(
-            site.fixed(size, f"operator {op} has no rule") for size in ref.shape
-        )
+        if ref not in site.draft.dims:  # else written in place: an input, pinned above
+            site.draft.dims[ref] = tuple(
+                site.fixed(size, f"operator {op} has no rule for this call") for size in ref.shape
+            )
 
 
 def _bind_fields(model: nn.Module, draft: Draft) -> None:

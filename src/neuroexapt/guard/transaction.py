@@ -24,7 +24,7 @@ from neuroexapt.edit import (
     original_class,
     resized,
 )
-from neuroexapt.errors import CaptureError, GuardError
+from neuroexapt.errors import GuardError
 from neuroexapt.guard.ledger import (
     Ledger,
     add_child,
@@ -109,7 +109,6 @@ class Transaction:
             VerifyError: it was made and failed its check; taken back.
         """
         started = time.perf_counter()
-        _check_args(args)
         kwargs = dict(kwargs or {})
         axes = axes or map_axes(self.model, args, kwargs)
         patch = edit.plan(axes, named_tensors(self.model))
@@ -295,16 +294,6 @@ def _inner(model: nn.Module) -> nn.Module:
             )
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
-
-
-def _check_args(args: object) -> None:
-    if not isinstance(args, (tuple, list)):
-        raise CaptureError(
-            "args",
-            seen=f"a {type(args).__name__}",
-            needed="a tuple of the positional inputs of the forward",
-            next_step="pass args=(x,), and keyword inputs as kwargs={...}",
-        )
 
 
 def _count(model: nn.Module) -> int:

@@ -105,15 +105,14 @@ def verify(
 ) -> float:
     """Check an edited model against what it did before; return the largest output difference.
 
-    Runs it on the batch (shapes, the promise), then backward once (finite gradients); surviving
-    parameters must be the same objects of the same kind. On an accelerator, where a failing
-    kernel would end the process, fake tensors go first.
+    Runs it on fake tensors (shapes; a failing kernel would end the process on an accelerator),
+    on the real batch (the promise), then backward once (finite gradients); surviving parameters
+    must be the same objects of the same kind.
 
     Raises:
         VerifyError: the first check that fails.
     """
-    if any(device.type != "cpu" for _, device in before.kinds.values()):
-        _check_fake(model, args, kwargs, before)
+    _check_fake(model, args, kwargs, before)
     try:
         after = behaviour(model, args, kwargs, tuple(before.outputs))
     except Exception as error:
