@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.tree import Tree
 from torch import nn
 
 from neuroexapt.couple import AxisMap, Pinned, Width, map_axes
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+_WHOLE_LINES = 10_000
 
 
 @app.command()
@@ -133,30 +134,33 @@ def _as_json(axes: AxisMap) -> dict[str, Any]:
 
 
 def _show(axes: AxisMap) -> None:
-    table = Table(title="Widths: what can change, and what changes with it", title_justify="left")
-    for title in ("width", "size", "made by", "read by", "also in", "mixed by"):
-        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    """A tree: every width with what it ties together, every pin with its reason."""
+    widths = Tree("[bold]widths[/]: what can change, and what changes with it")
     for width in axes.widths.values():
-        table.add_row(
-            escape(width.name),
-            str(width.size),
-            *(escape(_places(width, role)) for role in ("producer", "consumer", "elementwise")),
-            escape(", ".join(sorted({mixer.kind for mixer in width.mixers}))),
-        )
-    console.print(table)
-    pinned = Table(title="Pinned: what cannot change, and why", title_justify="left")
-    for title in ("dimension", "size", "reason"):
-        pinned.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+        node = widths.add(f"[bold]{escape(width.name)}[/]  {width.size}")
+        for title, role in (("made by", "producer"), ("read by", "consumer")):
+            _add(node, title, _places(width, role))
+        _add(node, "also in", _places(width, "elementwise"))
+        _add(node, "mixed by", sorted({mixer.kind for mixer in width.mixers}))
+    pins = Tree("[bold]pinned[/]: what cannot change, and why")
     for pin in axes.pinned.values():
-        if pin.reason.startswith("a kernel size"):
-            continue  # every convolution has two; they say nothing about this model
-        pinned.add_row(escape(pin.name), str(pin.size), escape(pin.reason))
-    console.print(pinned)
+        # Every convolution has two kernel dimensions; they say nothing about this model.
+        if not pin.reason.startswith("a kernel size"):
+            pins.add(f"[bold]{escape(pin.name)}[/]  {pin.size}  {escape(pin.reason)}")
+    # A pipe or a file gets whole lines, for grep; a terminal gets them folded.
+    width = None if console.is_terminal else _WHOLE_LINES
+    for tree in (widths, pins):
+        console.print(tree, emoji=False, width=width)
     for op, paths in axes.unknown.items():
         console.print(f"no rule for {escape(op)}, called in: {escape(', '.join(paths))}")
     for note in axes.notes:
         console.print(f"note: {escape(note)}")
 
 
-def _places(width: Width, role: str) -> str:
-    return ", ".join(f"{p.tensor}[{p.dim}]" for p in width.appearances if role in p.roles)
+def _add(node: Tree, title: str, items: list[str]) -> None:
+    if items:
+        node.add(f"{title} {escape(', '.join(items))}")
+
+
+def _places(width: Width, role: str) -> list[str]:
+    return [f"{p.tensor}[{p.dim}]" for p in width.appearances if role in p.roles]
