@@ -148,9 +148,9 @@ def _show(axes: AxisMap) -> None:
         if not pin.reason.startswith("a kernel size"):
             pins.add(f"[bold]{escape(pin.name)}[/]  {pin.size}  {escape(pin.reason)}")
     # A pipe or a file gets whole lines, for grep; a terminal gets them folded.
-    width = None if console.is_terminal else _WHOLE_LINES
+    printer = console if console.is_terminal else Console(width=_WHOLE_LINES)
     for tree in (widths, pins):
-        console.print(tree, emoji=False, width=width)
+        printer.print(tree, emoji=False)
     for op, paths in axes.unknown.items():
         console.print(f"no rule for {escape(op)}, called in: {escape(', '.join(paths))}")
     for note in axes.notes:
