@@ -251,6 +251,28 @@ def test_the_journal_file_and_the_report_hold_the_run(tmp_path: Path) -> None:
             assert event["at"] in html
 
 
+def test_a_compiled_model_evolves_and_computes_what_the_eager_one_does() -> None:
+    """The wrapper the user trains with recompiles after each change."""
+    torch._dynamo.reset()
+    model = network()
+    compiled: Any = torch.compile(model, backend="eager")
+    optimizer = torch.optim.Adam(compiled.parameters(), lr=0.02)
+    evolver = Evolver(
+        compiled, optimizer, loss_fn=loss_fn, holdout=holdout(), budget=Budget(params=0.5)
+    )
+    before = sum(p.numel() for p in model.parameters())
+    for _ in range(8):
+        compiled.train()
+        for batch in DATA[:64].split(8):
+            optimizer.zero_grad()
+            loss_fn(compiled, batch).backward()
+            optimizer.step()
+        evolver.end_epoch()
+    assert sum(p.numel() for p in model.parameters()) < before
+    compiled.eval()
+    assert torch.equal(compiled(DATA[:5]), model(DATA[:5]))
+
+
 def test_no_hook_stays_on_the_model() -> None:
     """Between epochs the user's model carries nothing of ours."""
     run = Run().epochs(5)

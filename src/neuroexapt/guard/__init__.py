@@ -4,7 +4,7 @@ Read :mod:`neuroexapt.guard.ledger` (each write with its way back), then
 :mod:`neuroexapt.guard.transaction`; :mod:`neuroexapt.guard.trial` spans training steps.
 """
 
-from neuroexapt.guard.transaction import Applied, Transaction, apply, transaction
+from neuroexapt.guard.transaction import Applied, Transaction, apply, inner_module, transaction
 from neuroexapt.guard.trial import Trial
 
-__all__ = ["Applied", "Transaction", "Trial", "apply", "transaction"]
+__all__ = ["Applied", "Transaction", "Trial", "apply", "inner_module", "transaction"]

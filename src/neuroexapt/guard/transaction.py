@@ -68,7 +68,7 @@ class Transaction:
     """A block in which edits are made; see :func:`transaction`."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        self.model = _inner(model)
+        self.model = inner_module(model)
         self.optimizer = optimizer
         self.ledger = Ledger()
         check_optimizer(self.model, optimizer)
@@ -281,8 +281,12 @@ def _insert(
         adopt(ledger, optimizer, added, near)
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """The module to edit: the one inside a compiled wrapper; other wrappers are refused."""
+def inner_module(model: nn.Module) -> nn.Module:
+    """The module to edit: the one inside a compiled wrapper; other wrappers are refused.
+
+    Raises:
+        GuardError: the model, or a part of it, is wrapped for several devices or scripted.
+    """
     for path, module in model.named_modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if kinds & _WRAPPERS or isinstance(module, torch.jit.ScriptModule):

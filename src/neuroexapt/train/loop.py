@@ -15,7 +15,7 @@ from torch import nn
 
 from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.errors import NeuroExaptError
-from neuroexapt.guard import Trial
+from neuroexapt.guard import Trial, inner_module
 from neuroexapt.measure import (
     Batch,
     HoldoutScore,
@@ -88,7 +88,7 @@ class Evolver:
     change leaves the model as it was and the run going.
 
     Args:
-        model: the model, unwrapped.
+        model: the model, not wrapped for several devices; a compiled one is measured uncompiled.
         optimizer: the optimizer that trains it.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the mean over the batch.
         holdout: re-iterable loader of at least four batches that training does not see; it
@@ -98,6 +98,7 @@ class Evolver:
         journal: path of a JSON Lines file; None keeps the events in memory.
 
     Raises:
+        GuardError: the model is wrapped for several devices, or scripted.
         SettingsError: the holdout cannot be read twice or has fewer than four batches.
 
     Example:
@@ -133,7 +134,8 @@ class Evolver:
         settings: Settings | None = None,
         journal: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.model = model
+        # A compiled model shares this module; it recompiles by itself once a shape has changed.
+        self.model = model = inner_module(model)
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.holdout = holdout
