@@ -119,7 +119,7 @@ def test_scalings_touch_old_entries_alone_and_never_the_state() -> None:
     dims = (DimEdit("w", 0, C, "one"),)
     for scaling, factors in (
         (Scaling("w", 2.0), [2.0, 2, 2]),
-        (Scaling("w", 2.0, (1,)), [1.0, 2, 1]),
+        (Scaling("w", 2.0, 0, (1,)), [1.0, 2, 1]),
         (Scaling("other", 2.0), [1.0, 1, 1]),
     ):
         step = WidthStep("c", (0, 1, 2, -1), dims, (scaling,))

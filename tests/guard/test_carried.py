@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from neuroexapt import Narrow, Widen, apply, map_axes, transaction
 from neuroexapt.edit import Edit
+from neuroexapt.errors import EditError
 from neuroexapt.guard import Transaction
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -196,6 +197,11 @@ def test_tied_tensors_stay_tied(
     optimizer.step()
     size = built.get_parameter(names[0]).shape
     (at,) = map_axes(built, (x,)).widths
+    if model is Tied and by > 0:
+        # Zero where it reads and zero where it makes: such a unit could never learn.
+        with pytest.raises(EditError, match="tied"):
+            apply(built, Widen(at, by=by), (x,), optimizer=optimizer)
+        return
     apply(built, Widen(at, by=by) if by > 0 else Narrow(at, by=-by), (x,), optimizer=optimizer)
     first, second = (dict(built.named_parameters(remove_duplicate=False))[n] for n in names)
     assert first is second

@@ -184,16 +184,6 @@ def silence(model: nn.Module, axes: AxisMap, width: Width, unit: int) -> None:
             tensors[side.tensor].data.index_fill_(side.dim, torch.tensor(mine), 0)
 
 
-def rescale(model: nn.Module, width: Width) -> None:
-    """Undo that a shorter dot product is divided by a smaller root."""
-    tensors = named_tensors(model)
-    for mixer in width.mixers:
-        if mixer.scale == "inverse_sqrt":
-            for side in mixer.sides[0]:
-                factor = ((width.size - 1) / width.size) ** 0.5
-                tensors[side.tensor].data[list(side.positions)] *= factor
-
-
 def test_the_cells_outside_the_coupling_law_are_the_normed_ones() -> None:
     """The law below skips exactly the widths a norm mixes over."""
     found = {
@@ -216,7 +206,6 @@ def test_what_no_layer_reads_can_be_removed(name: str) -> None:
         model, unit = calm(name), width.size // 2
         silence(model, axes, width, unit)
         before = outputs(model, args)
-        rescale(model, width)
         scores = [float(u != unit) for u in range(width.size)]
         with transaction(model) as tx:
             tx.apply(Narrow(width.name, by=1, scores={width.name: scores}), args, axes=axes)

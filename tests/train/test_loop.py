@@ -211,6 +211,54 @@ def test_an_error_inside_a_change_is_written_down_and_the_run_goes_on(
     assert run.parameters() == sum(p.numel() for p in network().parameters())
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interruption_of_the_first_check_takes_the_edit_back(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out pass right after an edit fails: the model is that of the moment before."""
+    run = Run()
+    real = Trial.apply
+
+    def then_fail(self: Trial, *args: Any, **kwargs: Any) -> Any:
+        done = real(self, *args, **kwargs)
+        monkeypatch.setattr(loop, "evaluate", _raise(error))
+        return done
+
+    monkeypatch.setattr(Trial, "apply", then_fail)
+    before = run.parameters()
+    with pytest.raises(error):
+        run.epochs(6)
+    assert run.parameters() == before
+    monkeypatch.undo()
+    run.epochs(4)
+    assert run.parameters() < before
+
+
+def _raise(error: type[BaseException]) -> Any:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Linear(6, 1), nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1)).requires_grad_(False)],
+    ids=["no width", "frozen"],
+)
+def test_a_model_that_offers_nothing_to_change_trains_on(model: nn.Module) -> None:
+    """Nothing is proposed, nothing is raised."""
+    extra = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([*model.parameters(), extra], lr=0.01)
+    evolver = Evolver(model, optimizer, loss_fn=loss_fn, holdout=holdout())
+    for _ in range(5):
+        end = evolver.end_epoch()
+    assert end.decision is not None
+    assert end.decision.candidate is None
+    evolver.close()
+    evolver.close()
+
+
 def test_close_takes_back_a_trial_that_is_too_young_for_a_verdict() -> None:
     """A run that ends in the middle of a trial ends with a model that was judged."""
     run = Run(settings=Settings(trial_epochs=50))

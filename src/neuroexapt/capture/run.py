@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
-import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,9 +24,11 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neuroexapt.capture.restore import restored
 from neuroexapt.capture.trace import Call, ModuleRun, Source, TensorRef, Trace
 from neuroexapt.errors import CaptureError
 
@@ -177,39 +176,6 @@ def _follow_modules(model: nn.Module, tape: _Tape) -> Iterator[None]:
             handle.remove()
 
 
-def _cpu_fork() -> contextlib.AbstractContextManager[None]:
-    return torch.random.fork_rng(devices=())
-
-
-@contextlib.contextmanager
-def restored(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set every training flag; put flags, random states and the attention switch back."""
-    flags = [(module, module.training) for module in model.modules()]
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ()
-    accelerator = torch.accelerator.current_accelerator()
-    kind = accelerator.type if accelerator is not None else "cpu"
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    # Fake tensors log each operator that fails, with its stack; our caller gets the exception.
-    silent = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled = silent.disabled
-    try:
-        silent.disabled = True
-        # The fused inference kernel of nn.MultiheadAttention hides the projections inside it.
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in flags:
-            module.training = training
-        with torch.random.fork_rng(devices, device_type=kind) if devices else _cpu_fork():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        silent.disabled = disabled
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
 @contextlib.contextmanager
 def attributes_set(model: nn.Module, values: Mapping[Attribute, Any]) -> Iterator[None]:
     """Set module attributes for the duration of the block; put the old ones back."""
@@ -350,6 +316,7 @@ def capture_both(
     Raises:
         CaptureError: neither run went through.
     """
+    _refuse_lazy(model)
     traces: list[Trace] = []
     failures: list[RunFailure] = []
     for training in (False, True):
@@ -360,6 +327,17 @@ def capture_both(
     if not traces:
         raise _explain(model, args, failures[0]) from failures[0].cause
     return tuple(traces)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, tensor in named_tensors(model).items():
+        if is_lazy(tensor):
+            raise CaptureError(
+                name,
+                seen="a lazy parameter without a shape",
+                needed="a model that has run once",
+                next_step="call model(*args) once, then try again",
+            )
 
 
 def _explain(model: nn.Module, args: tuple[Any, ...], failure: RunFailure) -> CaptureError:

@@ -56,6 +56,7 @@ def freeze(
     _pin_unused(draft, traces)
     appearances = _appearances(draft)
     _pin_idle(appearances)
+    _pin_squares(draft)
     names = _name(draft, appearances)
     mixers = _mixers(draft)
     widths, pinned = {}, {}
@@ -109,6 +110,17 @@ def _pin_idle(appearances: Mapping[Axis, list[Appearance]]) -> None:
     for atom, places in appearances.items():
         if all(place.roles == {"elementwise"} for place in places):
             algebra.pin(atom, "no layer produces it or reads it")
+
+
+def _pin_squares(draft: Draft) -> None:
+    """An atom that is two factors of one dimension (a Gram matrix, flattened) has no single
+    unit at a position."""
+    for dims in draft.parameters.values():
+        for axis in dims:
+            parts = [find(part) for part in algebra.factors(axis)]
+            for part in parts:
+                if parts.count(part) > 1:
+                    algebra.pin(part, "twice a factor of one dimension")
 
 
 def _appearances(draft: Draft) -> dict[Axis, list[Appearance]]:

@@ -9,6 +9,7 @@ to the width, else the width is pinned with the line that holds it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -277,10 +278,12 @@ class Prober:
                 algebra.pin(axis, _reason(other, detail))
 
     def _same_line(self, call: Call) -> Iterator[Call]:
+        line = call.op, call.source, _pattern(call.module)
         if call.source is not None:
             for trace in self.traces:
                 for other in trace.calls:
-                    if (other.op, other.source) == (call.op, call.source):
+                    # All operators inside a torch.nn layer share the line that calls the layer.
+                    if (other.op, other.source, _pattern(other.module)) == line:
                         yield other
 
     def _place_in(self, call: Call, axis: Axis, free: set[Axis]) -> tuple[int, int] | None:
@@ -296,6 +299,11 @@ class Prober:
             return None
         parts = _sizes_in([axes[place[0]]], free)
         return parts[place[1]] if place[1] < len(parts) else None
+
+
+def _pattern(path: str) -> str:
+    """A module path without its numbers: alike for the same part of each repeated block."""
+    return re.sub(r"\d+", "#", path)
 
 
 def _owner(call: Call, bind: Bind, other: Call) -> str:

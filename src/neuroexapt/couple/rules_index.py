@@ -112,12 +112,9 @@ def index_put(site: Site) -> list[Dims]:
 
 
 @rule(
-    "aten.arange",
     "aten.empty",
     "aten.empty_strided",
-    "aten.eye",
     "aten.full",
-    "aten.linspace",
     "aten.new_empty",
     "aten.new_full",
     "aten.new_ones",
@@ -126,11 +123,9 @@ def index_put(site: Site) -> list[Dims]:
     "aten.rand",
     "aten.randint",
     "aten.randn",
-    "aten.randperm",
     "aten.scalar_tensor",
     "aten.zeros",
     "aten.normal",
-    "aten.logspace",
     "aten.bernoulli.p",
 )
 def create(site: Site) -> list[Dims]:
@@ -139,3 +134,10 @@ def create(site: Site) -> list[Dims]:
         site.set_labels(ref, (frozenset(),) * len(ref.shape))
         site.draft.weights.add(ref)
     return [tuple(site.free(n) for n in ref.shape) for ref in site.call.outputs]
+
+
+@rule("aten.arange", "aten.eye", "aten.linspace", "aten.logspace", "aten.randperm")
+def count(site: Site) -> list[Dims]:
+    """Values made from positions: another number of positions gives each another value."""
+    result = create(site)
+    return [tuple(site.fixed(axis.size, "values made by position") for axis in d) for d in result]

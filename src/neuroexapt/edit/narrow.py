@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neuroexapt.couple import AxisMap, Width
 from neuroexapt.edit.base import Edit, found_widths, one_of_to_and_by, units_of
-from neuroexapt.edit.patch import DimEdit, Drawing, Patch, WidthStep
+from neuroexapt.edit.patch import DimEdit, Drawing, Patch, WidthStep, query_scalings
 from neuroexapt.edit.resize import unit_sums
 from neuroexapt.errors import EditError
 
@@ -21,8 +21,9 @@ from neuroexapt.errors import EditError
 class Narrow(Edit):
     """Remove the least important units of a width from every tensor that has it.
 
-    Promise: approximate; exact when the removed units are dead. The order of the units that
-    stay is kept.
+    Promise: approximate; exact when the removed units are dead and no norm mixes over the width.
+    A narrower attention head keeps the scale of its logits. The order of the units that stay is
+    kept.
 
     Args:
         at: module path (its output width), a width's name, or a glob over both. With a glob
@@ -162,7 +163,7 @@ def _step(drawing: Drawing, width: Width, positions: tuple[int, ...]) -> WidthSt
         DimEdit(place.tensor, place.dim, drawing.expr(place.tensor, place.dim), "zero")
         for place in width.appearances
     )
-    return WidthStep(width.name, positions, dims)
+    return WidthStep(width.name, positions, dims, query_scalings(width, len(positions)))
 
 
 def group_norm(axes: AxisMap, width: Width, tensors: Mapping[str, Tensor]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from neuroexapt.couple import AxisMap, Expr, Leaf, Mixer, Product, Side, Sum, Width, size_of
@@ -36,10 +37,11 @@ class DimEdit:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Old entries of a tensor are multiplied: all of them, or some positions of dimension 0."""
+    """Old entries of a tensor are multiplied: all of them, or some positions of a dimension."""
 
     tensor: str
     factor: float
+    dim: int = 0
     positions: tuple[int, ...] | None = None
 
 
@@ -160,6 +162,20 @@ class Drawing:
                 value = new if attribute.is_tuple else new[0]
                 found.append(AttributeEdit(attribute.module, attribute.name, value))
         return tuple(found)
+
+
+def query_scalings(width: Width, size: int) -> tuple[Scaling, ...]:
+    """Keep the logits of attention when a head gets another size.
+
+    Where scores are divided by the square root of the head size, the queries make up for it.
+    """
+    found: dict[Scaling, None] = {}
+    for mixer in width.mixers:
+        if mixer.kind == "dot" and mixer.scale == "inverse_sqrt":
+            for side in mixer.sides[0]:
+                factor = sqrt(size / width.size)
+                found[Scaling(side.tensor, factor, side.dim, side.positions)] = None
+    return tuple(found)
 
 
 def resize_expr(expr: Expr, name: str, size: int) -> Expr:

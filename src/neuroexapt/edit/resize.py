@@ -96,8 +96,9 @@ def _scaled(tensor: Tensor, step: WidthStep, name: str) -> Tensor:
         if scaling.positions is None:
             tensor = tensor * scaling.factor
         else:
-            tensor = tensor.clone()
-            tensor[list(scaling.positions)] *= scaling.factor
+            factors = tensor.new_ones(tensor.shape[scaling.dim])
+            factors[list(scaling.positions)] = scaling.factor
+            tensor = tensor * factors.view(-1, *[1] * (tensor.dim() - scaling.dim - 1))
     return tensor
 
 

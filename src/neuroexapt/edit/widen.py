@@ -10,7 +10,15 @@ from torch import Tensor
 
 from neuroexapt.couple import Appearance, AxisMap, Mixer, Width
 from neuroexapt.edit.base import Edit, found_widths, one_of_to_and_by, units_of
-from neuroexapt.edit.patch import AttributeEdit, DimEdit, Drawing, Patch, Scaling, WidthStep
+from neuroexapt.edit.patch import (
+    AttributeEdit,
+    DimEdit,
+    Drawing,
+    Patch,
+    Scaling,
+    WidthStep,
+    query_scalings,
+)
 from neuroexapt.errors import EditError
 
 # Norms over a width need other new entries; what they share is a mean that must not move.
@@ -101,6 +109,8 @@ class Widen(Edit):
 
     def _unmixable(self, width: Width) -> list[EditError]:
         kinds = {mixer.kind for mixer in width.mixers}
+        if not kinds and _is_dead_end(width):
+            return [_dead_end(width)]
         supported = kinds <= {"layer_norm"} or kinds <= {"mean_square"} or kinds <= {"dot"}
         if supported and all(_dot_is_known(m) for m in width.mixers if m.kind == "dot"):
             return []
@@ -113,6 +123,21 @@ class Widen(Edit):
                 next_step="widen another width; Narrow works on this one",
             )
         ]
+
+
+def _is_dead_end(width: Width) -> bool:
+    """Every maker of the width is tied to a reader: new units would be zero on both sides."""
+    makers = [place.roles for place in width.appearances if "producer" in place.roles]
+    return bool(makers) and all("consumer" in roles for roles in makers)
+
+
+def _dead_end(width: Width) -> EditError:
+    return EditError(
+        width.name,
+        seen="one weight that both makes and reads the units (tied)",
+        needed="a maker that is not tied, or new units would never get gradient",
+        next_step="untie the weights, or widen another width; Narrow works on this one",
+    )
 
 
 def _dot_is_known(mixer: Mixer) -> bool:
@@ -214,9 +239,4 @@ def _scalings(width: Width, size: int, kinds: set[str]) -> tuple[Scaling, ...]:
         # k silent entries lower the mean square of d entries by d / (d + k).
         factor = sqrt(width.size / size)
         return tuple(Scaling(name, factor) for name in sorted(_norm_tensors(width)[0]))
-    found: dict[Scaling, None] = {}
-    for mixer in width.mixers:
-        if mixer.kind == "dot" and mixer.scale == "inverse_sqrt":
-            for side in mixer.sides[0]:
-                found[Scaling(side.tensor, sqrt(size / width.size), side.positions)] = None
-    return tuple(found)
+    return query_scalings(width, size)

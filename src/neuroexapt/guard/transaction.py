@@ -109,6 +109,7 @@ class Transaction:
             VerifyError: it was made and failed its check; taken back.
         """
         started = time.perf_counter()
+        _check_mode()
         kwargs = dict(kwargs or {})
         axes = axes or map_axes(self.model, args, kwargs)
         patch = edit.plan(axes, named_tensors(self.model))
@@ -298,6 +299,16 @@ def inner_module(model: nn.Module) -> nn.Module:
             )
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def _check_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise GuardError(
+            "apply",
+            seen="inference mode",
+            needed="ordinary tensors: those made in inference mode can never be trained",
+            next_step="leave torch.inference_mode() first; torch.no_grad() is fine",
+        )
 
 
 def _count(model: nn.Module) -> int:

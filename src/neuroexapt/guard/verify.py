@@ -12,9 +12,12 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neuroexapt.capture.run import capture_both, opened, restored
+from neuroexapt.capture.restore import restored
+from neuroexapt.capture.run import capture_both, opened
 from neuroexapt.errors import CaptureError, VerifyError
 
+# Outputs smaller than this count as zero: nothing relative can be said of them.
+_FAINT = 1e-12
 # Largest relative difference of outputs that still counts as the same function.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -92,7 +95,15 @@ def _forward(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with restored(model, training), torch.no_grad(), _WithoutChance():  # type: ignore[no-untyped-call]
         copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
-        result = functional_call(model, buffers, copies[0], copies[1])
+        try:
+            result = functional_call(model, buffers, copies[0], copies[1])
+        except Exception as error:
+            raise CaptureError(
+                type(model).__name__,
+                seen=f"{type(error).__name__}: {error} on the real example input",
+                needed="an example input on which the real forward runs",
+                next_step="check its dtype and device; the model is untouched",
+            ) from error
     return [leaf for leaf in opened(result) if isinstance(leaf, Tensor)]
 
 
@@ -115,10 +126,8 @@ def verify(
     _check_fake(model, args, kwargs, before)
     try:
         after = behaviour(model, args, kwargs, tuple(before.outputs))
-    except Exception as error:
-        raise _fail(
-            type(model).__name__, f"{type(error).__name__}: {error}", "a forward that runs"
-        ) from error
+    except CaptureError as error:
+        raise _fail(error.place, error.seen, "a forward that runs after the edit") from error
     for training, shapes in after.shapes.items():
         _check_shapes(shapes, before.shapes[training])
     _check_survivors(before, after)
@@ -173,7 +182,7 @@ def _difference(before: Behaviour, after: Behaviour) -> tuple[float, float, str]
             if not old.numel():
                 continue
             gap = _gap(old.double(), new.double())
-            scale = max(1.0, float(old.double().nan_to_num(0.0, 0.0, 0.0).abs().max()))
+            scale = max(_FAINT, float(old.double().nan_to_num(0.0, 0.0, 0.0).abs().max()))
             absolute = max(absolute, gap)
             if gap / scale > relative:
                 relative, place = gap / scale, f"{'training' if training else 'evaluation'} mode"
@@ -211,7 +220,8 @@ def _check_gradients(
     }
     copies = {**stand_ins, **{n: b.clone() for n, b in model.named_buffers()}}
     with restored(model, training), torch.enable_grad(), _WithoutChance():  # type: ignore[no-untyped-call]
-        result = functional_call(model, copies, args, dict(kwargs))
+        inputs = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
+        result = functional_call(model, copies, inputs[0], inputs[1])
         leaves = [t for t in opened(result) if isinstance(t, Tensor) and t.requires_grad]
         if not leaves:
             return

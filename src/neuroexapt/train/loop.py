@@ -144,6 +144,7 @@ class Evolver:
         self._started = time.perf_counter()
         self._trial: _Pending | None = None
         self._axes: AxisMap | None = None
+        self._closed = False
         self._kept_score: HoldoutScore
         with self._own_time():
             self._batches = signal_batches(holdout, self.settings.signal_batches)
@@ -188,7 +189,13 @@ class Evolver:
         return Epoch(number, score, count_parameters(self.model), verdict, decision, why)
 
     def close(self) -> None:
-        """End the run: a trial too young for a verdict is taken back, the journal is closed."""
+        """End the run: a trial too young for a verdict is taken back, the journal is closed.
+
+        Closing twice does nothing.
+        """
+        if self._closed:
+            return
+        self._closed = True
         if self._trial is not None:
             pending, self._trial = self._trial, None
             pending.trial.roll_back()
@@ -258,7 +265,10 @@ class Evolver:
             self.settings.seed + self.state.epoch,
         )
         now = count_parameters(self.model), self._flops()
-        candidates = propose(surveyor.take())
+        try:
+            candidates = propose(surveyor.take())
+        except NeuroExaptError as error:
+            return Decision(None, f"the model could not be surveyed: {error}")
         self.state, decision = choose(self.state, self.settings, self.limits, candidates, now)
         if decision.candidate is not None:
             self._try(decision, decision.candidate, axes)
@@ -272,8 +282,7 @@ class Evolver:
         except NeuroExaptError as error:
             self._refuse(number, candidate, str(error), for_good=True)
             return
-        step = evaluate(self.model, self.loss_fn, self.holdout).loss - self._kept_score.loss
-        first = bearable(self.state, self.settings, self.limits, candidate, step)
+        first = self._first_check(trial, candidate)
         if not first.kept:
             trial.roll_back()
             self._refuse(number, candidate, first.why, for_good=False)
@@ -283,6 +292,15 @@ class Evolver:
         added = done.parameters_after - done.parameters_before
         self._trial = _Pending(number, trial, added)
         self.chronicle.applied(number, done)
+
+    def _first_check(self, trial: Trial, candidate: Candidate) -> Verdict:
+        """Measure the edited model; whatever stops that, the edit is taken back first."""
+        try:
+            step = evaluate(self.model, self.loss_fn, self.holdout).loss - self._kept_score.loss
+            return bearable(self.state, self.settings, self.limits, candidate, step)
+        except BaseException:
+            trial.roll_back()
+            raise
 
     def _refuse(self, number: int, candidate: Candidate, why: str, *, for_good: bool) -> None:
         self.state = refused(self.state, candidate, for_good=for_good)

@@ -97,6 +97,8 @@ class Surveyor:
         }
         trainable = {n for n, p in self.model.named_parameters() if p.requires_grad}
         only = {p.tensor for places in readers.values() for p in places} & trainable
+        if not only:
+            return {}  # nothing that reads a width is trained: there is nothing to ask
         sums: dict[str, list[Tensor]] = {name: [] for name in readers}
         tensors = named_tensors(self.model)
         for grads in gradients(self.model, self.loss_fn, self.batches, only=only):

@@ -1,0 +1,85 @@
+"""Put back whatever a forward may leave behind: what was only looked at stays as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_CONTAINERS = (dict, list, set)
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Each attribute with a copy of its contents, if it is a plain container."""
+    return {
+        name: (value, value.copy() if isinstance(value, _CONTAINERS) else None)
+        for name, value in attributes.items()
+    }
+
+
+def _put_back(attributes: dict[str, Any], old: dict[str, tuple[Any, Any]]) -> None:
+    """The same objects under the same names, containers with the contents they had."""
+    for name in [name for name in attributes if name not in old]:
+        del attributes[name]
+    for name, (value, contents) in old.items():
+        attributes[name] = value
+        if contents is not None and not _same(value, contents):
+            if isinstance(value, list):
+                value[:] = contents
+            else:
+                value.clear()
+                value.update(contents)
+
+
+def _same(value: Any, contents: Any) -> bool:
+    """Identity of every item: tensors have no truth value to compare by."""
+    if len(value) != len(contents):
+        return False
+    if isinstance(value, dict):
+        return all(k in contents and contents[k] is item for k, item in value.items())
+    if isinstance(value, list):
+        return all(a is b for a, b in zip(value, contents, strict=True))
+    return {id(item) for item in value} == {id(item) for item in contents}
+
+
+def _cpu_fork() -> contextlib.AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=())
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module, training: bool) -> Iterator[None]:
+    """Set every training flag; put everything back that a forward may leave behind.
+
+    Module attributes (values cached by a forward, lists it appends to) and tables, training
+    flags, random states, the attention switch.
+    """
+    held = [(vars(module), _shallow(vars(module))) for module in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ()
+    accelerator = torch.accelerator.current_accelerator()
+    kind = accelerator.type if accelerator is not None else "cpu"
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # Fake tensors log each operator that fails, with its stack; our caller gets the exception.
+    silent = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled = silent.disabled
+    try:
+        silent.disabled = True
+        # The fused inference kernel of nn.MultiheadAttention hides the projections inside it.
+        torch.backends.mha.set_fastpath_enabled(False)
+        for attributes, _ in held:
+            attributes["training"] = training
+        with torch.random.fork_rng(devices, device_type=kind) if devices else _cpu_fork():
+            yield
+    finally:
+        for attributes, old in held:
+            _put_back(attributes, old)
+        silent.disabled = disabled
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.backends.mha.set_fastpath_enabled(fast_path)
