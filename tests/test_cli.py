@@ -46,6 +46,8 @@ def test_inspect_prints_json_for_programs() -> None:
         (("collections:OrderedDict", "--input", "1"), "torch.nn.Module"),
         (("tests.zoo:ReferenceCNN", "--input", "three"), "--input 1,3,32,32"),
         (("tests.zoo:ReferenceCNN", "--input", "half:1"), "int:"),
+        (("tests.zoo:ReferenceCNN", "--input", "1,0,8,8"), "1 or more"),
+        (("torch.nn:Linear", "--input", "1,8"), "without arguments"),
         (("tests.zoo:ReferenceCNN", "--input", "2,4,32,32"), "features.0"),
     ],
 )

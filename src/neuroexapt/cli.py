@@ -85,7 +85,15 @@ def _build(target: str) -> nn.Module:
             needed="package.module:factory, importable from here",
             next_step="check the spelling; the factory is a function or class without arguments",
         ) from error
-    model = factory if isinstance(factory, nn.Module) else factory()
+    try:
+        model = factory if isinstance(factory, nn.Module) else factory()
+    except Exception as error:
+        raise SettingsError(
+            target,
+            seen=f"{type(error).__name__}: {error}",
+            needed="a factory that builds the model without arguments",
+            next_step="write a function without arguments that returns the model, and name that",
+        ) from error
     if not isinstance(model, nn.Module):
         raise SettingsError(
             target,
@@ -105,6 +113,10 @@ def _example(text: str) -> torch.Tensor:
         raise SettingsError(
             "--input", seen=text, needed="sizes with commas", next_step="try --input 1,3,32,32"
         ) from error
+    if any(size < 1 for size in sizes):
+        raise SettingsError(
+            "--input", seen=text, needed="sizes of 1 or more", next_step="try --input 1,3,32,32"
+        )
     if kind not in ("", "int", "float"):
         raise SettingsError(
             "--input",

@@ -219,3 +219,18 @@ def test_an_example_that_cannot_run_is_a_capture_error(model: Any, args: tuple[A
     """Lazy parameters, and a dtype that only real tensors refuse."""
     with pytest.raises(CaptureError):
         apply(model(), Widen("0", by=2), args)
+
+
+def test_a_place_that_is_no_text_is_refused_by_what_it_is() -> None:
+    """The index of a layer is not its path."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    with pytest.raises(EditError, match="a int"):
+        apply(model, Widen(0, by=2), (X,))  # type: ignore[arg-type]
+
+
+def test_a_second_optimizer_that_trains_what_was_resized_is_warned_of() -> None:
+    """Its state does not follow: it was not given."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    half = torch.optim.Adam(model[1].parameters())
+    with pytest.warns(UserWarning, match=r"0\.weight.*not in the optimizer given"):
+        apply(model, Widen("0", by=2), (X,), optimizer=half)

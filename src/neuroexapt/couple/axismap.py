@@ -159,6 +159,13 @@ class AxisMap:
             UnknownPlaceError: nothing has this name; near names are suggested.
             PinnedError: what it names cannot change; the reason and source line are given.
         """
+        if not isinstance(at, str):
+            raise UnknownPlaceError(
+                repr(at),
+                seen=f"a {type(at).__name__}",
+                needed="a module path, a width's name, or a glob, as text",
+                next_step="see `map_axes(...).widths` for the names",
+            )
         if at in self.widths:
             return (self.widths[at],)
         if at in self.pinned:

@@ -43,7 +43,7 @@ class Edit(abc.ABC):
 def found_widths(axes: AxisMap, at: str) -> tuple[tuple[Width, ...], list[EditError]]:
     """The widths a place means, or the error that says why it means none."""
     try:
-        if any(sign in at for sign in "*?["):
+        if isinstance(at, str) and any(sign in at for sign in "*?["):
             return axes.find(at), []
         return (axes.one(at),), []
     except EditError as error:

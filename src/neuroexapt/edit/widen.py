@@ -31,7 +31,8 @@ class Widen(Edit):
 
     Promise: exact. Default initialisation: random incoming weights with the layer's own
     deviation and zero outgoing weights, so that the output is the same and every new unit
-    gets gradient from the second step on. Where a normaliser mixes over the width, new entries
+    can get gradient from the second step on (one that a ReLU shuts on all data stays still, as
+    any random unit may). Where a normaliser mixes over the width, new entries
     sit where they leave its statistics alone: at the mean of their siblings for LayerNorm, at
     zero for RMSNorm, with the scale corrected by ``sqrt(d / (d + k))`` and epsilon by
     ``d / (d + k)``. A wider attention head gets zero query rows and keeps the scale of its

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -253,8 +254,19 @@ def _write_tensor(
         if tensor.grad is not None:
             new.grad = resized(tensor.grad, patch.steps, name, generator=generator, fill="zero")
         if optimizer is not None:
+            _warn_unless_held(optimizer, tensor, name)
             migrate(ledger, optimizer, tensor, patch.steps, name)
     swap(ledger, tensor, new, name)
+
+
+def _warn_unless_held(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str) -> None:
+    held = any(p is parameter for group in optimizer.param_groups for p in group["params"])
+    if parameter.requires_grad and not held:
+        warnings.warn(
+            f"'{name}' is resized and trainable, but not in the optimizer given; if another "
+            "optimizer trains it, its state there no longer fits",
+            stacklevel=2,
+        )
 
 
 def _insert(
