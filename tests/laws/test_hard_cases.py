@@ -232,5 +232,5 @@ def test_a_second_optimizer_that_trains_what_was_resized_is_warned_of() -> None:
     """Its state does not follow: it was not given."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
     half = torch.optim.Adam(model[1].parameters())
-    with pytest.warns(UserWarning, match=r"0\.weight.*not in the optimizer given"):
+    with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias: resized.*not in"):
         apply(model, Widen("0", by=2), (X,), optimizer=half)

@@ -223,7 +223,10 @@ def write(
 ) -> None:
     """Carry out a patch. The one place where parameters, modules and optimizers change."""
     named = named_tensors(model)
-    check_swappable({name: named[name] for name in patch.tensors})
+    touched = {name: named[name] for name in patch.tensors}
+    check_swappable(touched)
+    if optimizer is not None:
+        _warn_unless_held(optimizer, touched)
     done: set[int] = set()
     for name in patch.tensors:
         if id(named[name]) not in done:  # a tied tensor goes by its first name
@@ -254,17 +257,17 @@ def _write_tensor(
         if tensor.grad is not None:
             new.grad = resized(tensor.grad, patch.steps, name, generator=generator, fill="zero")
         if optimizer is not None:
-            _warn_unless_held(optimizer, tensor, name)
             migrate(ledger, optimizer, tensor, patch.steps, name)
     swap(ledger, tensor, new, name)
 
 
-def _warn_unless_held(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str) -> None:
-    held = any(p is parameter for group in optimizer.param_groups for p in group["params"])
-    if parameter.requires_grad and not held:
+def _warn_unless_held(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    others = [name for name, t in tensors.items() if t.requires_grad and id(t) not in held]
+    if others:
         warnings.warn(
-            f"'{name}' is resized and trainable, but not in the optimizer given; if another "
-            "optimizer trains it, its state there no longer fits",
+            f"{', '.join(others)}: resized and trainable, but not in the optimizer given; if "
+            "another optimizer trains them, their state there no longer fits",
             stacklevel=2,
         )
 
