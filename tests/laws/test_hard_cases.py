@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,30 @@ def test_queries_made_by_columns_keep_the_scale_of_the_logits(inner: int) -> Non
     done = apply(model, Widen(width.name, by=3), (x,))
     assert done.max_difference < 1e-5
     assert model.q.shape == (6, inner + 3)
+
+
+class EinsumAttention(nn.Module):
+    """Weights of shape (in, heads, head) and scores divided by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        make = functools.partial(torch.randn, generator=torch.Generator().manual_seed(1))
+        self.q, self.k, self.v = (nn.Parameter(make(6, 2, n) * 0.5) for n in (5, 5, 4))
+        self.out = nn.Parameter(make(2, 4, 6) * 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("btc,chd->bhtd", x, w) for w in (self.q, self.k, self.v))
+        scores = torch.einsum("bhtd,bhsd->bhts", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhts,bhsd,hdc->btc", scores.softmax(-1), v, self.out)
+
+
+def test_every_width_of_attention_by_einsum_widens_exactly() -> None:
+    """Heads, head size and value size, each a dimension of its own."""
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(2))
+    widths = map_axes(EinsumAttention(), (x,)).widths
+    assert sorted(width.size for width in widths.values()) == [2, 4, 5]
+    for name in widths:
+        assert apply(EinsumAttention(), Widen(name, by=2), (x,)).max_difference < 1e-5, name
 
 
 def test_dead_units_of_a_head_can_go_without_moving_the_logits() -> None:
@@ -226,6 +251,15 @@ def test_a_place_that_is_no_text_is_refused_by_what_it_is() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
     with pytest.raises(EditError, match="a int"):
         apply(model, Widen(0, by=2), (X,))  # type: ignore[arg-type]
+
+
+def test_sizes_may_be_numpy_numbers() -> None:
+    """They often come out of a calculation."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    apply(model, Widen("0", by=np.int64(2)), (X,))
+    apply(model, Narrow("0", to=np.int64(7)), (X,))
+    apply(model, Widen("0", by=np.float64(1.0)), (X,))
+    assert model[0].weight.shape == (14, 6)
 
 
 def test_a_second_optimizer_that_trains_what_was_resized_is_warned_of() -> None:

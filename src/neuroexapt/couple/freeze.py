@@ -22,7 +22,10 @@ from neuroexapt.couple.index import Expr, Leaf, Product, Sum
 from neuroexapt.couple.site import Bind, Dims, Draft, Label, Mark, Mix
 
 # Attributes that repeat a whole channel count say nothing that ".out" does not.
-_PLAIN = {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
+_PLAIN = {"in_channels", "out_channels", "in_features", "out_features", "num_features"} | {
+    "embedding_dim",
+    "num_channels",
+}
 _RANK = {"producer": 0, "elementwise": 1, "consumer": 2}
 
 

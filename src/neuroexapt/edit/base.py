@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -61,20 +62,21 @@ def units_of(place: str, amount: int | float | None, size: int) -> int:
         (2, 3)
     """
     number = 0 if amount is None or isinstance(amount, (bool, str)) else amount
-    if not isinstance(number, (int, float)) or not 0 < number < float("inf"):
+    if not isinstance(number, Real) or not 0 < number < float("inf"):
         raise EditError(
             place,
             seen=f"by={amount!r}",
             needed="a positive number of units (int) or a positive fraction (float)",
             next_step="use by=8 for eight units or by=0.25 for a quarter",
         )
-    return number if isinstance(number, int) else max(1, int(number * size + 1e-9))
+    # numpy numbers count as well: sizes are often the outcome of a calculation.
+    return int(number) if isinstance(number, Integral) else max(1, int(number * size + 1e-9))
 
 
 def one_of_to_and_by(place: str, to: int | None, by: int | float | None) -> list[EditError]:
     """An error unless exactly one of both is given, and ``to`` is a whole number."""
     if (to is None) != (by is None):
-        if to is None or (isinstance(to, int) and not isinstance(to, bool)):
+        if to is None or (isinstance(to, Integral) and not isinstance(to, bool)):
             return []
         return [
             EditError(

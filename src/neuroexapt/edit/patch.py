@@ -169,12 +169,15 @@ def query_scalings(width: Width, size: int) -> tuple[Scaling, ...]:
 
     Where scores are divided by the square root of the head size, the queries make up for it.
     """
+    # A side may name other dimensions of the same weight (its heads, say): those stay.
+    own = {(place.tensor, place.dim) for place in width.appearances}
     found: dict[Scaling, None] = {}
     for mixer in width.mixers:
         if mixer.kind == "dot" and mixer.scale == "inverse_sqrt":
             for side in mixer.sides[0]:
-                factor = sqrt(size / width.size)
-                found[Scaling(side.tensor, factor, side.dim, side.positions)] = None
+                if (side.tensor, side.dim) in own:
+                    factor = sqrt(size / width.size)
+                    found[Scaling(side.tensor, factor, side.dim, side.positions)] = None
     return tuple(found)
 
 
