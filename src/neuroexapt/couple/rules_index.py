@@ -116,6 +116,7 @@ def index_put(site: Site) -> list[Dims]:
     "aten.empty_strided",
     "aten.full",
     "aten.new_empty",
+    "aten.new_empty_strided",
     "aten.new_full",
     "aten.new_ones",
     "aten.new_zeros",
@@ -126,7 +127,6 @@ def index_put(site: Site) -> list[Dims]:
     "aten.scalar_tensor",
     "aten.zeros",
     "aten.normal",
-    "aten.bernoulli.p",
 )
 def create(site: Site) -> list[Dims]:
     """A tensor made from numbers alone; what it meets says which axes it has."""

@@ -57,7 +57,8 @@ class Epoch:
         holdout: the held-out loss of the model as it goes into the next epoch.
         parameters: its number of parameters.
         verdict: the end of a trial, if one ended.
-        decision: what was decided, if a change was considered; its candidate is now on trial.
+        decision: what was decided, if a change was considered. Its candidate is on trial, unless
+            the edit was refused, which the journal tells.
         why: one sentence on why nothing was decided, else the decision's or verdict's.
     """
 

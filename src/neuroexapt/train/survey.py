@@ -57,14 +57,13 @@ class Surveyor:
     example: tuple[tuple[Any, ...], Mapping[str, Any]]
     axes: AxisMap
     seed: int = 0
-    _beside: list[Tensor] = field(default_factory=list)
     _per_unit: dict[str, float] = field(default_factory=dict)
 
     def take(self) -> Survey:
         """The survey of this moment."""
         with undisturbed(self.model):
             self.model.eval()
-            self._beside.append(self._existing_slopes())
+            beside = self._existing_slopes()
             removal = self._removal()
             acts = self._activations()
             flops = flops_of(self.axes.traces[0])
@@ -72,7 +71,7 @@ class Surveyor:
                 self._width(self.axes.widths[name], *pair, acts.get(name), flops)
                 for name, pair in removal.items()
             )
-            grow = tuple(self._growth(flops))
+            grow = tuple(self._growth(flops, beside))
         return Survey(self._parameters({}), flops, widths, grow)
 
     def _existing_slopes(self) -> Tensor:
@@ -190,9 +189,9 @@ class Surveyor:
         trace = capture(self.model, args, kwargs, shapes=shapes, attributes=values)
         return flops_of(trace)
 
-    def _growth(self, flops: int) -> Iterator[GrowOption]:
+    def _growth(self, flops: int, beside: Tensor) -> Iterator[GrowOption]:
         for edit in self._growing_edits():
-            option = self._growth_of(edit, flops)
+            option = self._growth_of(edit, flops, beside)
             if option is not None:
                 yield option
 
@@ -206,7 +205,7 @@ class Surveyor:
             if original and path in self.axes.modules and isinstance(module, _ACTIVATIONS):
                 yield InsertConv(path, seed=self.seed)
 
-    def _growth_of(self, edit: Edit, flops: int) -> GrowOption | None:
+    def _growth_of(self, edit: Edit, flops: int, beside: Tensor) -> GrowOption | None:
         """Make the edit, read the gradients of what is new, take it back."""
         if edit.check(self.axes):
             return None
@@ -223,7 +222,7 @@ class Surveyor:
         if rows is None:
             return None
         size = batch_size_of(self.batches[0])
-        gain, error = growth_gain(rows, size, beside_M=self._beside[-1])
+        gain, error = growth_gain(rows, size, beside_M=beside)
         reading = Reading("growth_gain", edit.place, gain, "nats", error, len(rows))
         return GrowOption(edit, gain, error, parameters, added_flops, (reading,))
 
