@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from neuroexapt.couple import (
     rules_index,
     rules_norm,
     rules_pointwise,
+    rules_recurrent,
     rules_reduce,
     rules_shape,
     rules_spatial,
@@ -28,13 +30,15 @@ FAMILIES = (
     rules_index,
     rules_norm,
     rules_pointwise,
+    rules_recurrent,
     rules_reduce,
     rules_shape,
     rules_spatial,
 )
 
 # Attributes of torch.nn classes that repeat a dimension of one of the module's own tensors.
-# Convolution and group norm state theirs in their rules, where the groups are known.
+# Convolution and group norm state theirs in their rules, where the groups are known; recurrent
+# modules in `rules_recurrent.fields`, as theirs depend on whether the state is projected.
 FIELDS: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
     nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
     nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
@@ -55,23 +59,30 @@ def solve(model: nn.Module, trace: Trace, draft: Draft) -> None:
     """
     fields = {path: _fields(module) for path, module in model.named_modules()}
     _seed(trace, draft)
-    _pin_held(model, draft)
-    for call in trace.calls:
+    dead = _dead(trace)
+    for number, call in enumerate(trace.calls):
+        mixes = len(draft.mixes)
         _apply(Site(call, draft, fields.get(call.module, {})))
+        if number in dead:
+            del draft.mixes[mixes:]
     for ref in trace.outputs:
-        for axis in draft.dims.get(ref, ()):
+        for axis in (*draft.dims.get(ref, ()), *draft.numbering.get(ref, ())):
             algebra.pin(axis, "the model's output is a contract with its caller")
+    rules_recurrent.settle_first_steps(draft)
     _bind_fields(model, draft)
 
 
-def _pin_held(model: nn.Module, draft: Draft) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):
-            for name, _ in module.named_parameters(prefix=path, recurse=False):
-                for axis in draft.parameters[name]:
-                    algebra.pin(
-                        axis, f"{type(module).__name__} keeps its weights by weak reference"
-                    )
+def _dead(trace: Trace) -> set[int]:
+    """Calls whose result nothing uses: attention weights that are returned and dropped, say."""
+    dead, alive = set(), set(trace.outputs)
+    for number in reversed(range(len(trace.calls))):
+        call = trace.calls[number]
+        in_place = call.op.endswith("_") or call.overload.endswith("out")
+        if in_place or alive.intersection(call.outputs):
+            alive.update(call.inputs)
+        else:
+            dead.add(number)
+    return dead
 
 
 def _fields(module: nn.Module) -> dict[str, Any]:
@@ -95,6 +106,9 @@ def _seed(trace: Trace, draft: Draft) -> None:
 
 
 def _apply(site: Site) -> None:
+    for ref in site.call.inputs:
+        for axis in site.draft.numbering.get(ref, ()):
+            site.pin(axis, "its positions are named by number")
     rule = RULES.get(site.call.op)
     if rule is None and site.call.pointwise:
         rule = rules_pointwise.pointwise
@@ -153,14 +167,19 @@ def _unknown(site: Site) -> None:
 def _bind_fields(model: nn.Module, draft: Draft) -> None:
     found: dict[Bind, None] = {}
     for path, module in model.named_modules():
-        for kind, rows in FIELDS.items():
-            if isinstance(module, kind):
-                for attribute, (tensor, dim) in rows.items():
-                    dims = draft.parameters.get(f"{path}.{tensor}".lstrip("."))
-                    if dims is not None:
-                        found[Bind(path, attribute, dims[dim : dim + 1])] = None
+        for attribute, (tensor, dim) in _repeated(module):
+            dims = draft.parameters.get(f"{path}.{tensor}".lstrip("."))
+            if dims is not None:
+                found[Bind(path, attribute, dims[dim : dim + 1])] = None
     known = set(draft.binds)
     draft.binds += [bind for bind in found if bind not in known]
+
+
+def _repeated(module: nn.Module) -> Iterator[tuple[str, tuple[str, int]]]:
+    for kind, rows in FIELDS.items():
+        if isinstance(module, kind):
+            yield from rows.items()
+    yield from rules_recurrent.fields(module).items()
 
 
 def call_axes(call: Call, draft: Draft) -> list[Axis]:

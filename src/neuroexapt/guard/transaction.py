@@ -35,6 +35,7 @@ from neuroexapt.guard.ledger import (
     swap,
 )
 from neuroexapt.guard.optimizer import adopt, check_optimizer, migrate
+from neuroexapt.guard.recurrent import recurrent_owners, release, renew
 from neuroexapt.guard.verify import behaviour, verify
 
 # Kinds of module that hold flat or sharded copies of parameters, or compiled code for them.
@@ -224,6 +225,8 @@ def write(
     """Carry out a patch. The one place where parameters, modules and optimizers change."""
     named = named_tensors(model)
     touched = {name: named[name] for name in patch.tensors}
+    recurrent = recurrent_owners(model, touched.values())
+    release(ledger, recurrent)
     check_swappable(touched)
     if optimizer is not None:
         _warn_unless_held(optimizer, touched)
@@ -236,6 +239,7 @@ def write(
         set_attribute(ledger, model.get_submodule(edit.module), edit.name, edit.value)
     for insertion in patch.insertions:
         _insert(ledger, model, optimizer, insertion)
+    renew(ledger, recurrent)
 
 
 def _write_tensor(
