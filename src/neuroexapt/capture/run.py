@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -28,6 +29,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neuroexapt.capture.attributes import Attribute, attributes_set
+from neuroexapt.capture.numbers import Watch, attributes_tracked
 from neuroexapt.capture.restore import restored
 from neuroexapt.capture.trace import Call, ModuleRun, Source, TensorRef, Trace
 from neuroexapt.errors import CaptureError
@@ -47,14 +50,6 @@ class RunFailure(Exception):
         self.cause = cause
         self.calls = calls
         self.module = module
-
-
-@dataclass(frozen=True)
-class Attribute:
-    """A Python attribute of a module, by path and name."""
-
-    module: str
-    name: str
 
 
 @dataclass
@@ -98,9 +93,10 @@ class _Tape:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, tape: _Tape) -> None:
+    def __init__(self, tape: _Tape, watch: Watch | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
+        self.watch = watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,6 +116,7 @@ class _Recorder(TorchDispatchMode):
                     module=self.tape.module,
                     source=_user_line(),
                     pointwise=torch.Tag.pointwise in func.tags,
+                    origins=self.watch.origins(args) if self.watch else {},
                 )
             )
         return result
@@ -156,37 +153,25 @@ def _follow_modules(model: nn.Module, tape: _Tape) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         tape.stack.append(paths.get(id(module), tape.module))
 
-    # Without keyword inputs: torch does not clean up after a global hook that asks for them.
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         path = tape.stack.pop()
         # An `always_call` hook also runs while an exception unwinds; the output is then None.
         if output is None and tape.failed_in is None:
             tape.failed_in = path
         if id(module) in paths:
-            tape.runs.append(ModuleRun(path, tape.refs(args), tape.refs(output)))
+            tape.runs.append(ModuleRun(path, tape.refs((args, kwargs)), tape.refs(output)))
 
     handles = [
         register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, always_call=True),
+        register_module_forward_hook(leave, with_kwargs=True, always_call=True),
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def attributes_set(model: nn.Module, values: Mapping[Attribute, Any]) -> Iterator[None]:
-    """Set module attributes for the duration of the block; put the old ones back."""
-    old = {key: getattr(model.get_submodule(key.module), key.name) for key in values}
-    try:
-        for key, value in values.items():
-            setattr(model.get_submodule(key.module), key.name, value)
-        yield
-    finally:
-        for key, value in old.items():
-            setattr(model.get_submodule(key.module), key.name, value)
+            # Removing the handle leaves this entry behind.
+            torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -238,8 +223,10 @@ def _run(
     shapes: Mapping[str, Sequence[int]],
     training: bool,
     fake: bool,
+    track: bool,
 ) -> Trace:
     tape = _Tape()
+    watch = Watch(tape.ref) if track else None
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     with restored(model, training), torch.no_grad(), mode:
         stand_ins = _stand_ins(model, shapes, fake)
@@ -251,7 +238,12 @@ def _run(
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: make(t, t.shape), example)
         inputs = tape.refs((args, kwargs))
         try:
-            with _follow_modules(model, tape), _Recorder(tape):
+            with contextlib.ExitStack() as modes:
+                modes.enter_context(_follow_modules(model, tape))
+                modes.enter_context(_Recorder(tape, watch))
+                if watch is not None:
+                    modes.enter_context(attributes_tracked(model))
+                    modes.enter_context(watch)
                 result = functional_call(model, stand_ins, args, dict(kwargs), strict=False)
         except Exception as cause:
             raise RunFailure(cause, tuple(tape.calls), tape.failed_in or "") from cause
@@ -269,6 +261,7 @@ def capture(
     shapes: Mapping[str, Sequence[int]] | None = None,
     attributes: Mapping[Attribute, Any] | None = None,
     training: bool = False,
+    track: bool = False,
 ) -> Trace:
     """Run ``model(*args, **kwargs)`` once and return every operator call.
 
@@ -282,6 +275,7 @@ def capture(
         shapes: parameters or buffers that the run shall see with another shape.
         attributes: module attributes to hold for the duration of the run.
         training: run with every module in training mode, else all in evaluation mode.
+        track: let Python numbers remember their origin (``Call.origins``).
 
     Raises:
         RunFailure: the forward raised, on fake and on real tensors.
@@ -292,16 +286,19 @@ def capture(
         (['aten.t', 'aten.addmm'], (4, 2))
     """
     example = (tuple(args), dict(kwargs or {}))
+    ways = [(True, track), (True, False), (False, track), (False, False)]
+    if any(tensor.is_meta for tensor in named_tensors(model).values()):
+        ways = ways[:2]
+    first: RunFailure | None = None
     with attributes_set(model, attributes or {}):
-        try:
-            return _run(model, example, shapes or {}, training, fake=True)
-        except RunFailure as failure:
-            if any(tensor.is_meta for tensor in named_tensors(model).values()):
-                raise
+        # Code that looks at the very type of a number runs untracked.
+        for fake, tracked in dict.fromkeys(ways):
             try:
-                return _run(model, example, shapes or {}, training, fake=False)
-            except RunFailure:
-                raise failure from None
+                return _run(model, example, shapes or {}, training, fake, tracked)
+            except RunFailure as failure:
+                first = first or failure
+    assert first is not None
+    raise first from first.cause
 
 
 def capture_both(
@@ -321,7 +318,7 @@ def capture_both(
     failures: list[RunFailure] = []
     for training in (False, True):
         try:
-            traces.append(capture(model, args, kwargs, training=training))
+            traces.append(capture(model, args, kwargs, training=training, track=True))
         except RunFailure as failure:
             failures.append(failure)
     if not traces:

@@ -6,9 +6,11 @@ import linecache
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+
+from neuroexapt.capture.attributes import Attribute
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,36 @@ class TensorRef:
     id: int
     shape: tuple[int, ...] = field(compare=False)
     dtype: torch.dtype = field(compare=False)
+
+
+@dataclass(frozen=True)
+class OfAttribute:
+    """The value of an attribute."""
+
+    at: Attribute
+    value: int
+
+
+@dataclass(frozen=True)
+class OfSize:
+    """The size of one dimension of a tensor."""
+
+    ref: TensorRef
+    dim: int
+
+
+@dataclass(frozen=True)
+class Combined:
+    """``left sign right``, the sign one of ``+ - * //``."""
+
+    sign: str
+    left: Origin
+    right: Origin
+
+
+Origin: TypeAlias = OfAttribute | OfSize | Combined | int
+# Where in a call's arguments a number stands: (argument,) or (argument, place in its list).
+Place: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +85,8 @@ class Call:
     ``args`` and ``kwargs`` are the call's own with every tensor replaced by its
     :class:`TensorRef`; ``outputs`` are the tensors it returned, flat and in order.
     ``op`` is the operator without its overload (``aten.add``), ``overload`` the rest.
+    ``origins`` says of numbers among ``args`` (by argument, and place in its list) from which
+    attribute or size user code made them.
     """
 
     op: str
@@ -63,6 +97,7 @@ class Call:
     module: str
     source: Source | None
     pointwise: bool
+    origins: Mapping[Place, Origin] = field(default_factory=dict)
 
     @property
     def inputs(self) -> tuple[TensorRef, ...]:

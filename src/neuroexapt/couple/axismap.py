@@ -58,6 +58,8 @@ class Mixer:
         eps: the norm's epsilon, held by the module's attribute ``eps_attribute``.
         sides: for a dot product, the parameter positions behind its left and right operand.
         scale: ``"inverse_sqrt"`` if the product is divided by the square root of the width.
+        over: names of all atoms of the axis it mixes over, this width among them.
+        makers: the parameter dimensions that axis stems from, by tensor name and dimension.
     """
 
     kind: str
@@ -69,6 +71,8 @@ class Mixer:
     eps_attribute: str = ""
     sides: tuple[tuple[Side, ...], tuple[Side, ...]] = ((), ())
     scale: str = "free"
+    over: tuple[str, ...] = ()
+    makers: frozenset[tuple[str, int]] = frozenset()
 
 
 @dataclass(frozen=True)

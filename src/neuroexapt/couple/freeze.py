@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from neuroexapt.capture import TensorRef, Trace
 from neuroexapt.couple import axis as algebra
@@ -61,7 +61,7 @@ def freeze(
     _pin_idle(appearances)
     _pin_squares(draft)
     names = _name(draft, appearances)
-    mixers = _mixers(draft)
+    mixers = _mixers(draft, names)
     widths, pinned = {}, {}
     for atom, name in names.of.items():
         where = tuple(appearances[atom])
@@ -171,27 +171,29 @@ def _name(draft: Draft, appearances: Mapping[Axis, list[Appearance]]) -> _Names:
     return names
 
 
-def _mixers(draft: Draft) -> dict[Axis, list[Mixer]]:
-    found: dict[Axis, list[Mixer]] = {}
+def _mixers(draft: Draft, names: _Names) -> dict[Axis, list[Mixer]]:
+    found: dict[Axis, dict[Mixer, None]] = {}
     for mix in draft.mixes:
-        mixer = _mixer(draft, mix)
+        mixer = _mixer(draft, mix, names)
         for atom in dict.fromkeys(algebra.atoms(mix.axis)):
-            if mixer not in found.setdefault(atom, []):
-                found[atom].append(mixer)
-    return found
+            found.setdefault(atom, {})[mixer] = None
+    return {atom: list(mixers) for atom, mixers in found.items()}
 
 
-def _mixer(draft: Draft, mix: Mix) -> Mixer:
+def _mixer(draft: Draft, mix: Mix, names: _Names) -> Mixer:
     data = mix.data
-    if mix.kind == "dot":
-        sides = tuple(_sides(draft, data[name]) for name in ("left", "right"))
-        return Mixer(
-            mix.kind, mix.module, mix.place, sides=(sides[0], sides[1]), scale=data["scale"]
-        )
-    return Mixer(
+    mixer = Mixer(
         mix.kind,
         mix.module,
         mix.place,
+        over=tuple(names.of[a] for a in dict.fromkeys(algebra.atoms(mix.axis)) if a in names.of),
+        makers=frozenset((label.name, label.dim) for label in mix.makers),
+    )
+    if mix.kind == "dot":
+        sides = tuple(_sides(draft, data[name]) for name in ("left", "right"))
+        return replace(mixer, sides=(sides[0], sides[1]), scale=data["scale"])
+    return replace(
+        mixer,
         weight=data.get("weight") or frozenset(),
         bias=data.get("bias") or frozenset(),
         eps=float(data.get("eps", 0.0)),

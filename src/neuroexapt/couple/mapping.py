@@ -10,10 +10,12 @@ from torch import nn
 
 from neuroexapt.capture import Trace
 from neuroexapt.capture.run import capture_both
+from neuroexapt.couple.attention import tie_attention
 from neuroexapt.couple.axismap import AxisMap
 from neuroexapt.couple.freeze import freeze
 from neuroexapt.couple.probe import Prober
 from neuroexapt.couple.site import Draft
+from neuroexapt.couple.sizes import relate
 from neuroexapt.couple.solve import solve
 from neuroexapt.errors import CaptureError
 
@@ -63,6 +65,8 @@ def map_axes(
     draft = Draft()
     for trace in traces:
         solve(model, trace, draft)
+    tie_attention(model, draft)
+    relate(traces, draft)
     prober = Prober(model, example, traces, draft)
     prober.settle()
     _scales(prober)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from neuroexapt.capture import Call, RunFailure, Trace, capture
-from neuroexapt.capture.run import Attribute
+from neuroexapt.capture.attributes import Attribute
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis, find
 from neuroexapt.couple.site import Bind, Draft

@@ -75,6 +75,7 @@ class Mark:
 class Mix:
     """An operator that mixes over an axis, so that its size or a new entry changes others.
 
+    ``makers`` are the parameter dimensions that the mixed tensor's axis stems from.
     ``data`` holds what a mutation needs to keep the function (names of the norm's weight and
     bias, the labels of both sides of a dot product).
     """
@@ -84,6 +85,7 @@ class Mix:
     module: str
     place: str
     data: Mapping[str, Any]
+    makers: frozenset[Label] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,22 @@ class Bind:
 
 @dataclass
 class Draft:
-    """All that the rules have said so far; frozen into an AxisMap at the end."""
+    """All that the rules have said so far; frozen into an AxisMap at the end.
+
+    Attributes:
+        numbering: axes whose positions the values of a tensor name (what ``argmax`` gives).
+        repeated: dimensions along which a tensor repeats one value (what ``expand`` makes).
+        taken: tensors whose rows were taken out of a parameter by numbers that the data give.
+    """
 
     parameters: dict[str, Dims] = field(default_factory=dict)
     dims: dict[TensorRef, Dims] = field(default_factory=dict)
     labels: dict[TensorRef, Labels] = field(default_factory=dict)
     weights: set[TensorRef] = field(default_factory=set)
     squares: dict[TensorRef, TensorRef] = field(default_factory=dict)
+    numbering: dict[TensorRef, Dims] = field(default_factory=dict)
+    repeated: dict[TensorRef, frozenset[int]] = field(default_factory=dict)
+    taken: set[TensorRef] = field(default_factory=set)
     marks: dict[Mark, None] = field(default_factory=dict)
     mixes: list[Mix] = field(default_factory=list)
     binds: list[Bind] = field(default_factory=list)
@@ -162,13 +173,26 @@ class Site:
             self.pin(b, f"cannot be matched: {mismatch}")
         return a
 
+    def chosen(self, size: int) -> Axis:
+        """A new axis whose size the data give (a number of hits): what it meets says the rest."""
+        axis = Axis(size)
+        self.mix(axis, "choice")
+        return axis
+
+    def numbers(self, ref: TensorRef, axes: Iterable[Axis]) -> None:
+        """Say that the values of an output are positions on these axes: who reads it pins them."""
+        self.draft.numbering[ref] = tuple(axes)
+
     def is_weight(self, ref: TensorRef) -> bool:
         """Whether the tensor is made of parameters and buffers alone."""
         return ref in self.draft.weights
 
     def is_parameter(self, ref: TensorRef) -> bool:
-        """Whether the tensor is made of named parameters or buffers, not of constants alone."""
-        return self.is_weight(ref) and any(self.labels(ref))
+        """Whether the tensor is made of named parameters or buffers, not of constants alone.
+
+        Rows taken out of a parameter count: an expert's matrix is one, whichever the data choose.
+        """
+        return (self.is_weight(ref) or ref in self.draft.taken) and any(self.labels(ref))
 
     def labels(self, ref: TensorRef) -> Labels:
         """Per dimension, the parameter dimensions it stems from."""
@@ -185,9 +209,27 @@ class Site:
         for label in self.labels(ref)[dim]:
             self.draft.marks[Mark(label, part or self.axis(ref, dim), role, fill)] = None
 
+    def setting(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operator's schema, else the schema's default."""
+        namespace, _, operator = self.call.op.partition(".")
+        overloads = getattr(getattr(torch.ops, namespace), operator)
+        schema = getattr(overloads, self.call.overload or "default")._schema
+        for place, argument in enumerate(schema.arguments):
+            if argument.name == name:
+                given = argument.default_value if argument.has_default_value() else default
+                return self.arg(place, name, given)
+        return default
+
     def mix(self, axis: Axis, kind: str, **data: Any) -> None:
         """Say that this call mixes over the axis."""
-        self.draft.mixes.append(Mix(axis, kind, self.call.module, self.call.place, data))
+        makers = place_of(
+            labels
+            for ref in self.call.inputs
+            if not self.is_weight(ref)
+            for own, labels in zip(self.dims(ref), self.labels(ref), strict=True)
+            if algebra.find(own) is algebra.find(axis)
+        )
+        self.draft.mixes.append(Mix(axis, kind, self.call.module, self.call.place, data, makers))
 
     def epsilon(self, value: float | None) -> dict[str, Any]:
         """The calling module's attribute that holds a norm's epsilon, and its value."""

@@ -24,8 +24,10 @@ class DimEdit:
         dim: its dimension.
         expr: what the dimension is made of before the step.
         fill: what new entries hold: ``"zero"``, ``"one"``, ``"mean"`` of their siblings,
-            ``"random"`` with the tensor's own deviation, ``"spark"`` (small random values).
+            ``"random"`` with the tensor's own deviation, ``"spark"`` (small random values),
+            ``"balanced"`` (random, adding up to zero over the new units).
         silent: old positions; new entries beside these are zero whatever ``fill`` says.
+        along: the atoms over which siblings are averaged; the width's own if empty.
     """
 
     tensor: str
@@ -33,6 +35,7 @@ class DimEdit:
     expr: Expr
     fill: str
     silent: tuple[int, ...] = ()
+    along: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

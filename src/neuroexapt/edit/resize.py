@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from neuroexapt.couple import Expr, Positions, leaves, source_index, unit_of
+from neuroexapt.couple import Expr, Leaf, Positions, Product, leaves, source_index, unit_of
 
 if TYPE_CHECKING:
     from neuroexapt.edit.patch import DimEdit, WidthStep
@@ -17,27 +18,56 @@ if TYPE_CHECKING:
 SPARK = 0.1  # deviation of "spark" entries: large enough to carry gradient at once
 
 
-def siblings(expr: Expr, width: str, positions: Sequence[int]) -> list[tuple[int, ...]]:
+def siblings(
+    expr: Expr, width: str, positions: Sequence[int], along: Sequence[str] = ()
+) -> list[tuple[int, ...]]:
     """For each new position of a dimension the old positions it stands beside.
 
-    A kept position stands beside itself alone; a new one beside every old unit of the width
-    that agrees with it in all other coordinates.
+    A kept position stands beside itself alone; a new one beside every old position that agrees
+    with it in all coordinates but the width's, or but those of all atoms in ``along``.
 
     Example:
         >>> from neuroexapt.couple import Leaf, Product
         >>> siblings(Product((Leaf("q|k", 2), Leaf("d", 2))), "d", [0, 1, -1])
         [(0,), (1,), (0, 1), (2,), (3,), (2, 3)]
+        >>> siblings(Product((Leaf("heads", 1), Leaf("d", 2))), "heads", [0, -1], ["heads", "d"])
+        [(0,), (1,), (0, 1), (0, 1)]
     """
     given = np.asarray(positions, dtype=np.int64)
     index = source_index(expr, {width: given})
-    size = next(leaf.size for leaf in leaves(expr) if leaf.name == width)
-    # One source index per old unit, each with every new position standing for that unit.
-    stand_ins = [source_index(expr, {width: np.where(given < 0, u, given)}) for u in range(size)]
-    table = np.stack(stand_ins, axis=1)
+    # A new position stands for the first old unit: what it agrees with shows there.
+    standing = source_index(expr, {width: np.maximum(given, 0)})
+    fixed = dict.fromkeys(leaf.name for leaf in leaves(expr) if leaf.name not in (along or [width]))
+    coordinates = [_segment(expr), *(unit_of(expr, name) for name in fixed)]
+    keys = list(zip(*(coordinate.tolist() for coordinate in coordinates), strict=True))
+    groups: dict[tuple[int, ...], list[int]] = {}
+    on = _on(expr, along or [width])
+    for position in np.flatnonzero(on).tolist():
+        groups.setdefault(keys[position], []).append(position)
     return [
-        (int(old),) if old >= 0 else tuple(int(p) for p in row)
-        for old, row in zip(index, table, strict=True)
+        (int(old),) if old >= 0 else tuple(groups[keys[stand_in]])
+        for old, stand_in in zip(index.tolist(), standing.tolist(), strict=True)
     ]
+
+
+def _segment(expr: Expr) -> Positions:
+    """For each position a number that tells the segments of all sums apart."""
+    if isinstance(expr, Leaf):
+        return np.zeros(expr.size, dtype=np.int64)
+    parts = [_segment(part) for part in expr.parts]
+    if isinstance(expr, Product):
+        total = parts[0]
+        for inner in parts[1:]:
+            total = (total[:, None] * (inner.max(initial=0) + 1) + inner[None, :]).reshape(-1)
+        return total
+    offsets = np.cumsum([0, *(part.max(initial=0) + 1 for part in parts)])
+    return np.concatenate([part + at for part, at in zip(parts, offsets, strict=False)])
+
+
+def _on(expr: Expr, names: Sequence[str]) -> NDArray[np.bool_]:
+    """Which positions of a dimension lie on one of these atoms."""
+    on: NDArray[np.bool_] = np.any([unit_of(expr, name) >= 0 for name in names], axis=0)
+    return on
 
 
 def resized(
@@ -116,8 +146,8 @@ def _resized_dim(
     new = np.flatnonzero(index < 0)
     if new.size:
         beside: list[tuple[int, ...]] = [()] * len(new)
-        if fill == "mean" or edit.silent:
-            all_beside = siblings(edit.expr, step.width, step.positions)
+        if fill in ("mean", "balanced") or edit.silent:
+            all_beside = siblings(edit.expr, step.width, step.positions, edit.along)
             beside = [all_beside[p] for p in new]
         values = _filled(tensor, result, edit, fill, beside, deviation, generator)
         result.index_copy_(edit.dim, torch.from_numpy(new).to(tensor.device), values)
@@ -137,9 +167,11 @@ def _filled(
     shape[edit.dim] = len(beside)
     if fill == "mean":
         values = _means(old, edit.dim, beside)
-    elif fill in ("random", "spark"):
+    elif fill in ("random", "spark", "balanced"):
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         values *= SPARK if fill == "spark" else (deviation or _he(shape))
+        if fill == "balanced":
+            values = _balanced(values, edit.dim, beside)
     else:
         values = torch.full(shape, 1.0 if fill == "one" else 0.0, dtype=torch.float64)
     values = values.to(device=old.device, dtype=old.dtype)
@@ -147,6 +179,15 @@ def _filled(
     quiet = [p for p, origin in enumerate(beside) if origin and origin[0] in silent]
     if quiet:
         values.index_fill_(edit.dim, torch.tensor(quiet, device=old.device), 0)
+    return values
+
+
+def _balanced(values: Tensor, dim: int, beside: Sequence[tuple[int, ...]]) -> Tensor:
+    """Take the mean off the new entries that stand beside the same old ones."""
+    for group in dict.fromkeys(beside):
+        at = torch.tensor([place for place, other in enumerate(beside) if other == group])
+        part = values.index_select(dim, at)
+        values.index_copy_(dim, at, part - part.mean(dim, keepdim=True))
     return values
 
 
@@ -159,9 +200,11 @@ def _he(shape: Sequence[int]) -> float:
 def _means(old: Tensor, dim: int, beside: Sequence[tuple[int, ...]]) -> Tensor:
     """The mean over each group of siblings, in double precision for an exact mean."""
     wide = old.double() if old.is_floating_point() else old.to(torch.float64)
-    columns = torch.tensor(beside, device=old.device).T
-    total = sum(wide.index_select(dim, column) for column in columns)
-    return torch.as_tensor(total) / len(columns)
+    groups = {
+        group: wide.index_select(dim, torch.tensor(group, device=old.device)).mean(dim)
+        for group in dict.fromkeys(beside)
+    }
+    return torch.stack([groups[group] for group in beside], dim)
 
 
 def unit_sums(values: Tensor, expr: Expr, width: str, dim: int, units: int) -> Tensor:

@@ -112,7 +112,7 @@ class Widen(Edit):
         kinds = {mixer.kind for mixer in width.mixers}
         if not kinds and _is_dead_end(width):
             return [_dead_end(width)]
-        supported = kinds <= {"layer_norm"} or kinds <= {"mean_square"} or kinds <= {"dot"}
+        supported = kinds - {"dot"} in ({"layer_norm"}, {"mean_square"}, set())
         if supported and all(_dot_is_known(m) for m in width.mixers if m.kind == "dot"):
             return []
         mixer = next((m for m in width.mixers if m.kind not in (*_NORMS, "dot")), width.mixers[-1])
@@ -161,8 +161,11 @@ def _dim(drawing: Drawing, width: Width, place: Appearance, kinds: set[str]) -> 
     silent: tuple[int, ...] = ()
     if "dot" in kinds:
         silent = _query_positions(width, place)
-    fill = _fill_beside_norms(width, place, kinds) if kinds & _NORMS else _plain_fill(place)
-    return DimEdit(place.tensor, place.dim, expr, fill, silent)
+    if not kinds & _NORMS:
+        return DimEdit(place.tensor, place.dim, expr, _plain_fill(place), silent)
+    fill = _fill_beside_norms(width, place, kinds)
+    along = {name for mixer in width.mixers if mixer.kind == "layer_norm" for name in mixer.over}
+    return DimEdit(place.tensor, place.dim, expr, fill, silent, tuple(sorted(along)))
 
 
 def _plain_fill(place: Appearance) -> str:
@@ -177,25 +180,52 @@ def _fill_beside_norms(width: Width, place: Appearance, kinds: set[str]) -> str:
     if place.tensor in weights:
         return "mean"
     if place.tensor in biases:
-        # A small shift lets the readers' zero columns receive gradient at once.
-        return "spark" if _sparks(width) else "zero"
+        return _shift_fill(width)
     if place.roles == {"consumer"}:
-        # Behind a norm without shift the new entries are exactly zero, so readers may be random;
-        # with zero columns as well nothing would ever move.
-        return "zero" if _sparks(width) else "random"
-    return centre
+        return _reader_fill(width)
+    made = {maker for m in width.mixers if m.kind in _NORMS for maker in m.makers}
+    # Tied to the normalised axis in size only (the heads behind it, say): no need for a centre.
+    return centre if (place.tensor, place.dim) in made else _plain_fill(place)
+
+
+def _shift_fill(width: Width) -> str:
+    """A small shift lets the readers' zero columns receive gradient at once."""
+    if _feeds_itself(width):
+        return "mean"
+    return "spark" if _sparks(width) else "zero"
+
+
+def _reader_fill(width: Width) -> str:
+    """Where new entries are exactly zero, readers may be random: were both zero, none would move.
+
+    Where all new entries are equal (the centre of a norm whose output is normalised again),
+    columns that add up to nothing keep silent and still tell the new units apart.
+    """
+    if _feeds_itself(width):
+        return "balanced"
+    return "zero" if _sparks(width) else "random"
 
 
 def _sparks(width: Width) -> bool:
     """Whether every norm over the width has a shift of its own and no reader is tied to a maker."""
     tied = any({"producer", "consumer"} <= place.roles for place in width.appearances)
-    return not tied and all(m.kind == "layer_norm" and m.bias for m in width.mixers)
+    norms = [m for m in width.mixers if m.kind in _NORMS]
+    return not tied and all(m.kind == "layer_norm" and m.bias for m in norms)
+
+
+def _feeds_itself(width: Width) -> bool:
+    """Whether the shift of one norm over the width is part of what another one normalises."""
+    norms = [m for m in width.mixers if m.kind == "layer_norm"]
+    made = {tensor for m in norms for tensor, _ in m.makers}
+    return any(m.bias & made for m in norms)
 
 
 def _norm_tensors(width: Width) -> tuple[set[str], set[str]]:
     """Names of the scales and of the shifts of the norms over a width."""
     weights, biases = set[str](), set[str]()
     for mixer in width.mixers:
+        if mixer.kind not in _NORMS:
+            continue
         weights |= mixer.weight or _owned_scales(width, mixer)
         biases |= mixer.bias
     return weights, biases
@@ -236,8 +266,7 @@ def _epsilons(axes: AxisMap, steps: Sequence[WidthStep]) -> list[AttributeEdit]:
 
 
 def _scalings(width: Width, size: int, kinds: set[str]) -> tuple[Scaling, ...]:
-    if kinds & _NORMS:
-        # k silent entries lower the mean square of d entries by d / (d + k).
-        factor = sqrt(width.size / size)
-        return tuple(Scaling(name, factor) for name in sorted(_norm_tensors(width)[0]))
-    return query_scalings(width, size)
+    # k silent entries lower the mean square of d entries by d / (d + k).
+    factor = sqrt(width.size / size)
+    norms = sorted(_norm_tensors(width)[0]) if kinds & _NORMS else ()
+    return (*(Scaling(name, factor) for name in norms), *query_scalings(width, size))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt.capture import capture
-from neuroexapt.capture.run import Attribute, named_tensors
+from neuroexapt.capture.attributes import Attribute
+from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap, Leaf, Width, leaves, size_of, source_index
 from neuroexapt.edit import Edit, InsertConv, Patch, Widen, is_branch, unit_sums
 from neuroexapt.guard import Transaction
