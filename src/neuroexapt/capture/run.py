@@ -153,7 +153,9 @@ def _follow_modules(model: nn.Module, tape: _Tape) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         tape.stack.append(paths.get(id(module), tape.module))
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    # While an exception unwinds, torch leaves the keyword inputs out.
+    def leave(module: nn.Module, args: Any, *kwargs_and_output: Any) -> None:
+        *kwargs, output = kwargs_and_output
         path = tape.stack.pop()
         # An `always_call` hook also runs while an exception unwinds; the output is then None.
         if output is None and tape.failed_in is None:
