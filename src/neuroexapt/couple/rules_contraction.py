@@ -1,4 +1,4 @@
-"""Operators that sum products over a common axis: matrix products, convolution, attention."""
+"""Operators that sum products over a common axis: matrix products and convolution."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Label, Site, place_of, rule
+from neuroexapt.couple.site import Dims, Label, Site, rule
 
 
 def _product(site: Site, left: TensorRef, right: TensorRef, batch: int) -> Dims:
@@ -37,7 +37,7 @@ def _mark(site: Site, left: TensorRef, right: TensorRef, inner: Axis) -> None:
         )
 
 
-@rule("aten.mm")
+@rule("aten.mm", "aten._int_mm")
 def mm(site: Site) -> list[Dims]:
     """(m, k) x (k, n) -> (m, n)."""
     left, right = site.call.inputs[:2]
@@ -60,11 +60,36 @@ def addmm(site: Site) -> list[Dims]:
     return [dims]
 
 
+@rule("aten.addbmm")
+def addbmm(site: Site) -> list[Dims]:
+    """bias + the sum over b of (b, m, k) x (b, k, n)."""
+    bias, left, right = site.call.inputs[:3]
+    site.same(site.axis(left, 0), site.axis(right, 0))
+    site.mix(site.axis(left, 0), "sum")
+    _mark(site, left, right, site.same(site.axis(left, 2), site.axis(right, 1)))
+    dims = (site.axis(left, 1), site.axis(right, 2))
+    site.set_labels(site.call.outputs[0], (site.labels(left)[1], site.labels(right)[2]))
+    _bias(site, bias, dims)
+    return [dims]
+
+
+@rule("aten.addr")
+def addr(site: Site) -> list[Dims]:
+    """bias + (m) times (n), every pair."""
+    bias, left, right = site.call.inputs[:3]
+    dims = (site.axis(left, 0), site.axis(right, 0))
+    site.set_labels(site.call.outputs[0], (site.labels(left)[0], site.labels(right)[0]))
+    _bias(site, bias, dims)
+    return [dims]
+
+
 def _bias(site: Site, bias: TensorRef, dims: Sequence[Axis]) -> None:
     for place in range(-len(bias.shape), 0):
         if bias.shape[place] == dims[place].size:
             site.same(site.axis(bias, place), dims[place])
             site.role(bias, place, "elementwise", "zero")
+        else:
+            site.pin(site.axis(bias, place), "a single position broadcast over many")
     _add_bias_label(site, bias)
 
 
@@ -79,15 +104,19 @@ def _add_bias_label(site: Site, bias: TensorRef) -> None:
 @rule("aten.mv", "aten.addmv")
 def mv(site: Site) -> list[Dims]:
     """(m, k) x (k) -> (m)."""
-    matrix, vector = site.call.inputs[-2:]
+    *bias, matrix, vector = site.call.inputs
     inner = site.same(site.axis(matrix, -1), site.axis(vector, -1))
-    if site.is_weight(matrix):
+    if site.is_parameter(matrix):
         site.contract(matrix, [-1])
-    elif site.is_weight(vector):
+    elif site.is_parameter(vector):
         site.contract(vector, [-1])
     else:
         site.mix(inner, "sum")
-    return [(site.axis(matrix, 0),)]
+    dims = (site.axis(matrix, 0),)
+    site.set_labels(site.call.outputs[0], site.labels(matrix)[:1])
+    if bias:
+        _bias(site, bias[0], dims)
+    return [dims]
 
 
 @rule("aten.dot", "aten.vdot")
@@ -103,8 +132,11 @@ def dot(site: Site) -> list[Dims]:
 def linear(site: Site) -> list[Dims]:
     """(..., k) with weight (n, k) and bias (n) -> (..., n)."""
     x, weight, *bias = site.call.inputs
-    site.same(site.axis(x, -1), site.axis(weight, -1))
-    site.contract(weight, [-1])
+    inner = site.same(site.axis(x, -1), site.axis(weight, -1))
+    if site.is_parameter(weight):
+        site.contract(weight, [-1])
+    else:
+        site.mix(inner, "sum")
     dims = (*site.dims(x)[:-1], site.axis(weight, 0))
     site.set_labels(site.call.outputs[0], (*site.labels(x)[:-1], site.labels(weight)[0]))
     if bias:
@@ -125,6 +157,8 @@ def convolution(site: Site) -> list[Dims]:
         raise ValueError("convolution without a batch dimension")
     incoming, outgoing = _grouped(site, weight, channels, groups, transposed)
     site.same(channels, incoming)
+    if not site.is_parameter(weight):
+        site.mix(channels, "sum")
     _kernel(site, weight)
     for axis in site.dims(x)[2:]:
         site.pin(axis, "neighbours in space")
@@ -188,42 +222,64 @@ def _channel_bias(site: Site, bias: TensorRef, outgoing: Axis) -> None:
     site.set_labels(out, labels)
 
 
-@rule(
-    "aten._scaled_dot_product_flash_attention_for_cpu",
-    "aten._scaled_dot_product_flash_attention",
-    "aten._scaled_dot_product_efficient_attention",
-    "aten._scaled_dot_product_cudnn_attention",
-    "aten._scaled_dot_product_fused_attention_overrideable",
-    "aten._scaled_dot_product_attention_math",
-    "aten._scaled_dot_product_attention_math_for_mps",
-    "aten.scaled_dot_product_attention",
-)
-def attention(site: Site) -> list[Dims]:
-    """q (B, H, T, d), k (B, H, S, d), v (B, H, S, e) -> (B, H, T, e); scores sum over d."""
-    query, key, value = site.call.inputs[:3]
-    for place in range(len(query.shape) - 2):
-        for other in (key, value):
-            site.same(site.axis(query, place), site.axis(other, place))
-    site.same(site.axis(key, -2), site.axis(value, -2))
-    inner = site.same(site.axis(query, -1), site.axis(key, -1))
-    scale = "free" if site.call.kwargs.get("scale") is not None else "inverse_sqrt"
-    site.mix(inner, "dot", left=site.labels(query)[-1], right=site.labels(key)[-1], scale=scale)
-    out, *rest = site.call.outputs
-    labels: list[frozenset[Label]] = [frozenset()] * len(out.shape)
-    labels[-3 % len(out.shape)] = place_of([site.labels(r)[-3] for r in (query, key, value)])
-    labels[-1] = site.labels(value)[-1]
-    site.set_labels(out, labels)
-    dims = (*site.dims(query)[:-1], site.axis(value, -1))
-    extra = [tuple(site.free(n) for n in r.shape) for r in rest]  # statistics, met by nobody
-    return [dims, *extra]
+@rule("aten._trilinear")
+def trilinear(site: Site) -> list[Dims]:
+    """Three tensors with dimensions of 1 put in, multiplied, and summed over some dimensions."""
+    operands, expanded, summed = site.call.args[:3], site.call.args[3:6], site.call.args[6]
+    rank = len(operands[0].shape) + len(expanded[0])
+    placed = [_spread(ref, added, rank) for ref, added in zip(operands, expanded, strict=True)]
+    dims = []
+    for place in range(rank):
+        met = [
+            (ref, dim) for ref, at in zip(operands, placed, strict=True) if (dim := at[place]) >= 0
+        ]
+        for ref, dim in met[1:]:
+            site.same(site.axis(*met[0]), site.axis(ref, dim))
+        if place not in summed:
+            dims.append(site.axis(*met[0]))
+        elif not any(site.is_parameter(ref) for ref, _ in met):
+            site.mix(site.axis(*met[0]), "sum")
+    _trilinear_roles(site, operands, placed, summed)
+    return [tuple(dims)]
 
 
-@rule("aten.embedding")
-def embedding(site: Site) -> list[Dims]:
-    """Table (V, d), indices (...) -> (..., d); the rows are named by number."""
-    table, indices = site.call.inputs[:2]
-    site.pin(site.axis(table, 0), "rows taken by number (embedding table)")
-    site.role(table, 1, "producer")
-    nowhere: frozenset[Label] = frozenset()
-    site.set_labels(site.call.outputs[0], (*[nowhere] * len(indices.shape), site.labels(table)[1]))
-    return [(*site.dims(indices), site.axis(table, 1))]
+def _spread(ref: TensorRef, added: Sequence[int], rank: int) -> list[int]:
+    """For each dimension of the product the operand's own, or -1 where it has none."""
+    own = iter(range(len(ref.shape)))
+    return [-1 if place in added else next(own) for place in range(rank)]
+
+
+def _trilinear_roles(
+    site: Site, operands: Sequence[TensorRef], placed: Sequence[list[int]], summed: Sequence[int]
+) -> None:
+    for ref, at in zip(operands, placed, strict=True):
+        if site.is_parameter(ref):
+            site.contract(ref, [at[place] for place in summed if at[place] >= 0])
+
+
+@rule("aten._cdist_forward", "aten._euclidean_dist")
+def cdist(site: Site) -> list[Dims]:
+    """(..., p, d) and (..., r, d) -> (..., p, r): distances over d, between all pairs."""
+    left, right = site.call.inputs[:2]
+    out = site.call.outputs[0]
+    site.mix(site.same(site.axis(left, -1), site.axis(right, -1)), "distance")
+    for ref in (left, right):
+        site.role(ref, -2, "producer")
+    batch = [
+        _batch_axis(site, [left, right], place, out.shape[place])
+        for place in range(-len(out.shape), -2)
+    ]
+    nowhere = frozenset[Label]()
+    site.set_labels(out, (*[nowhere] * len(batch), site.labels(left)[-2], site.labels(right)[-2]))
+    return [(*batch, site.axis(left, -2), site.axis(right, -2))]
+
+
+def _batch_axis(site: Site, refs: Sequence[TensorRef], place: int, size: int) -> Axis:
+    met = [site.axis(ref, place) for ref in refs if len(ref.shape) >= -place]
+    whole = [axis for axis in met if axis.size == size]
+    for axis in met:
+        if axis.size != size:
+            site.pin(axis, "a single position broadcast over many")
+        else:
+            site.same(whole[0], axis)
+    return whole[0]

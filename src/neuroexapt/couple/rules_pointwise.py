@@ -17,6 +17,10 @@ UNTAGGED = (
     "aten.alias",
     "aten.bernoulli",
     "aten.bernoulli_",
+    "aten.cauchy_",
+    "aten.complex",
+    "aten._conj",
+    "aten._conj_physical",
     "aten.clone",
     "aten.copy",
     "aten.copy_",
@@ -24,8 +28,11 @@ UNTAGGED = (
     "aten.dropout",
     "aten.empty_like",
     "aten.exponential_",
+    "aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "aten.fake_quantize_per_tensor_affine_cachemask",
     "aten.fill_",
     "aten.full_like",
+    "aten.geometric_",
     "aten.hardsigmoid",
     "aten.hardsigmoid_",
     "aten.hardswish",
@@ -35,15 +42,19 @@ UNTAGGED = (
     "aten.lift",
     "aten.lift_fresh",
     "aten.lift_fresh_copy",
+    "aten.log_normal_",
     "aten.log_sigmoid_forward",
     "aten.mish",
     "aten.mish_",
     "aten.native_dropout",
+    "aten._neg_view",
     "aten.normal_",
     "aten.ones_like",
+    "aten.polar",
     "aten.prelu",
     "aten._prelu_kernel",
     "aten.rand_like",
+    "aten.randint_like",
     "aten.randn_like",
     "aten.rrelu_with_noise",
     "aten.softplus",
@@ -66,14 +77,16 @@ def pointwise(site: Site) -> list[Dims]:
     inputs = [ref for ref in site.call.inputs if len(ref.shape) <= len(out.shape)]
     if site.call.op == "aten._prelu_kernel" or site.call.op == "aten.prelu":
         inputs = inputs[:1] + [_channelwise(site, ref) for ref in inputs[1:]]
-    dims = []
-    for place in range(-len(out.shape), 0):
-        dims.append(_common_axis(site, inputs, place, out.shape[place]))
-        _origin(site, inputs, place)
+    dims = broadcast(site, inputs, out.shape)
+    _elementwise_roles(site, inputs)  # before the labels: in place, out is one of the inputs
     _set_labels(site, out, inputs)
-    _elementwise_roles(site, inputs)
     _remember_square(site, out)
-    return [tuple(dims)] * len(site.call.outputs)
+    return [dims] * len(site.call.outputs)
+
+
+def broadcast(site: Site, inputs: Sequence[TensorRef], shape: Sequence[int]) -> Dims:
+    """The axes of tensors broadcast to a shape: equal sizes are one axis, from the right."""
+    return tuple(_common_axis(site, inputs, place, shape[place]) for place in range(-len(shape), 0))
 
 
 def _channelwise(site: Site, ref: TensorRef) -> TensorRef:

@@ -1,4 +1,4 @@
-"""Operators that mix over dimensions: sums, means, maxima, softmax, running sums."""
+"""Operators that mix over dimensions: sums, means, maxima, softmax."""
 
 from __future__ import annotations
 
@@ -8,24 +8,29 @@ from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.site import Dims, Site, rule
 
-# Position of the `dim` argument in the schema.
-_DIM_AT = {"aten.linalg_vector_norm": 2, "aten.norm": 2}
+# Operators whose output, the last one, holds the number of a position.
+_NUMBERING = ("argmax", "argmin", "max", "min", "median", "nanmedian", "mode", "kthvalue")
+_LAST_DIM = ("aten.mode", "aten.kthvalue")  # where no dimension is given
 
 
 @rule(
     "aten.all",
     "aten.amax",
     "aten.amin",
+    "aten.aminmax",
     "aten.any",
     "aten.argmax",
     "aten.argmin",
     "aten.count_nonzero",
+    "aten.kthvalue",
     "aten.linalg_vector_norm",
     "aten.logsumexp",
     "aten.max",
     "aten.mean",
     "aten.median",
     "aten.min",
+    "aten.mode",
+    "aten.nanmedian",
     "aten.nansum",
     "aten.norm",
     "aten.prod",
@@ -52,13 +57,20 @@ def reduce(site: Site) -> list[Dims]:
             labels.append(frozenset())
     for ref in site.call.outputs:
         site.set_labels(ref, labels)
+    _number(site, x, reduced)
     return [tuple(dims)] * len(site.call.outputs)
 
 
+def _number(site: Site, x: TensorRef, reduced: set[int]) -> None:
+    name = site.call.op.removeprefix("aten.")
+    if name in _NUMBERING and (name.startswith("arg") or len(site.call.outputs) > 1):
+        site.numbers(site.call.outputs[-1], [site.axis(x, dim) for dim in reduced])
+
+
 def _reduced_dims(site: Site, x: TensorRef) -> set[int]:
-    given = site.arg(_DIM_AT.get(site.call.op, 1), "dim")
-    if isinstance(given, (bool, TensorRef)):
-        given = None
+    given = site.setting("dim")
+    if given is None and site.call.op in _LAST_DIM:
+        given = -1
     listed: Sequence[int] = [given] if isinstance(given, int) else (given or range(len(x.shape)))
     return {int(dim) % len(x.shape) for dim in listed} if x.shape else set()
 
@@ -80,18 +92,12 @@ def _mix(site: Site, x: TensorRef, dim: int) -> None:
     "aten._safe_softmax",
     "aten.softmax",
     "aten.log_softmax",
-    "aten.cumsum",
-    "aten.cumprod",
-    "aten.logcumsumexp",
 )
 def along(site: Site) -> list[Dims]:
     """Same shape; every position of the dimension depends on the others."""
     x, dim = site.call.args[:2]
-    axis = site.axis(x, dim)
-    if "softmax" in site.call.op:
-        site.mix(axis, "softmax")
-    else:
-        site.pin(axis, "an order that matters")
+    if x.shape:
+        site.mix(site.axis(x, dim), "softmax")
     site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)] * len(site.call.outputs)
 

@@ -30,12 +30,19 @@ EQUAL_PARTS = (2, 3, 4)  # a slice that is one of so few equal parts is taken as
 def view(site: Site) -> list[Dims]:
     """Row-major regrouping: ``(B, 12, H)`` seen as ``(B, 3, 4*H)`` makes 12 = 3*4."""
     x, out = site.call.inputs[0], site.call.outputs[0]
+    lead, rest = _unchanged(x.shape, out.shape)
+    inside = slice(lead, len(x.shape) - rest)
+    entering = list(zip(site.dims(x), site.labels(x), strict=True))
+    if 1 in (*x.shape[inside], *out.shape[lead : len(out.shape) - rest]):
+        _pin_singles(site, entering)
     try:
-        groups = _regroup(site, x, out.shape)
+        groups = _regroup(site, entering[inside], out.shape[lead : len(out.shape) - rest])
     except algebra.Mismatch as mismatch:
-        for axis in site.dims(x):
+        for axis, _ in entering[inside]:
             site.pin(axis, f"seen with another shape: {mismatch}")
-        return [tuple(site.fixed(n, "seen with another shape") for n in out.shape)]
+        sizes = out.shape[lead : len(out.shape) - rest]
+        groups = [(site.fixed(n, "seen with another shape"), frozenset()) for n in sizes]
+    groups = [*entering[:lead], *groups, *entering[inside.stop :]]
     site.set_labels(out, [origin for _, origin in groups])
     dims = tuple(axis for axis, _ in groups)
     if isinstance(site.fields.get("dim"), int):  # nn.Unflatten
@@ -45,9 +52,27 @@ def view(site: Site) -> list[Dims]:
     return [dims]
 
 
-def _regroup(site: Site, x: TensorRef, sizes: Sequence[int]) -> list[tuple[Axis, Origin]]:
+def _pin_singles(site: Site, entering: Sequence[tuple[Axis, Origin]]) -> None:
+    """Beside a dimension of size 1 that comes or goes, which one it is cannot be told."""
+    for axis, _ in entering:
+        if axis.size == 1:
+            site.pin(axis, "a single position that a view drops or adds")
+
+
+def _unchanged(before: Sequence[int], after: Sequence[int]) -> tuple[int, int]:
+    """How many dimensions at the front and at the back stay as they are."""
+    shorter = min(len(before), len(after))
+    lead = next((i for i in range(shorter) if before[i] != after[i]), shorter)
+    left = shorter - lead
+    rest = next((i for i in range(left) if before[-1 - i] != after[-1 - i]), left)
+    return lead, rest
+
+
+def _regroup(
+    site: Site, entering: Sequence[tuple[Axis, Origin]], sizes: Sequence[int]
+) -> list[tuple[Axis, Origin]]:
     rest = []
-    for axis, origin in zip(site.dims(x), site.labels(x), strict=True):
+    for axis, origin in entering:
         for factor in algebra.factors(axis):
             if factor.size == 1:
                 site.pin(factor, "a single position that a view drops or adds")
@@ -112,9 +137,13 @@ def expand(site: Site) -> list[Dims]:
     x, out = site.call.inputs[0], site.call.outputs[0]
     added = len(out.shape) - len(x.shape)
     dims: list[Axis] = [site.free(n) for n in out.shape[:added]]
-    for axis, size in zip(site.dims(x), out.shape[added:], strict=True):
+    repeated = set(range(added)) | {d + added for d in site.draft.repeated.get(x, ())}
+    for place, size in enumerate(out.shape[added:]):
+        axis = site.axis(x, place)
         dims.append(axis if axis.size == size else site.free(size))
+        repeated |= {place + added} if axis.size != size else set()
     site.set_labels(out, ((frozenset(),) * added) + site.labels(x))
+    site.draft.repeated[out] = frozenset(repeated)
     return [tuple(dims)]
 
 
@@ -324,28 +353,6 @@ def _padded(site: Site, axis: Axis, before: int, after: int) -> Axis:
         return site.fixed(axis.size + before + after, "cut by a negative padding")
     front, back = (site.fixed(n, "an amount of padding") for n in (before, after))
     return algebra.concat([front, axis, back])
-
-
-@rule("aten.pixel_shuffle")
-def pixel_shuffle(site: Site) -> list[Dims]:
-    """(N, C*r*r, H, W) -> (N, C, H*r, W*r)."""
-    x, factor = site.call.args[:2]
-    out = site.call.outputs[0]
-    inner = site.fixed(factor * factor, "an upscale factor")
-    channel = site.free(out.shape[-3])
-    site.same(site.axis(x, -3), algebra.product([channel, inner]))
-    spatial = [site.fixed(n, "a spatial size") for n in out.shape[-2:]]
-    return [(*site.dims(x)[:-3], channel, *spatial)]
-
-
-@rule("aten.pixel_unshuffle")
-def pixel_unshuffle(site: Site) -> list[Dims]:
-    """(N, C, H*r, W*r) -> (N, C*r*r, H, W)."""
-    x, factor = site.call.args[:2]
-    out = site.call.outputs[0]
-    inner = site.fixed(factor * factor, "a downscale factor")
-    spatial = [site.fixed(n, "a spatial size") for n in out.shape[-2:]]
-    return [(*site.dims(x)[:-3], algebra.product([site.axis(x, -3), inner]), *spatial)]
 
 
 @rule("aten.channel_shuffle", "aten.native_channel_shuffle")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,11 +18,12 @@ from neuroexapt.couple.axis import Axis
 
 Dims = tuple[Axis, ...]
 Rule = Callable[["Site"], Sequence[Sequence[Axis]]]
+Said = TypeVar("Said", bound=Rule)
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(*ops: str) -> Callable[[Rule], Rule]:
+def rule(*ops: str) -> Callable[[Said], Said]:
     """Register a function as the rule of these operators (``"aten.relu"``: any overload).
 
     Example:
@@ -33,7 +34,7 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
         True
     """
 
-    def register(function: Rule) -> Rule:
+    def register(function: Said) -> Said:
         for op in ops:
             RULES[op] = function
         return function

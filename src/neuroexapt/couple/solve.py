@@ -12,28 +12,44 @@ from neuroexapt.couple import (
     axis as algebra,
 )
 from neuroexapt.couple import (
+    rules_attention,
+    rules_complex,
     rules_contraction,
+    rules_create,
+    rules_expert,
     rules_index,
+    rules_linalg,
+    rules_loss,
     rules_norm,
+    rules_order,
     rules_pointwise,
     rules_recurrent,
     rules_reduce,
     rules_shape,
     rules_spatial,
+    rules_view,
 )
 from neuroexapt.couple.axis import Axis
 from neuroexapt.couple.site import RULES, Bind, Dims, Draft, Label, Site
 
 # Importing a family registers its rules.
 FAMILIES = (
+    rules_attention,
+    rules_complex,
     rules_contraction,
+    rules_create,
+    rules_expert,
     rules_index,
+    rules_linalg,
+    rules_loss,
     rules_norm,
+    rules_order,
     rules_pointwise,
     rules_recurrent,
     rules_reduce,
     rules_shape,
     rules_spatial,
+    rules_view,
 )
 
 # Attributes of torch.nn classes that repeat a dimension of one of the module's own tensors.

@@ -1,0 +1,43 @@
+"""Complex numbers as pairs, and Fourier transforms."""
+
+from __future__ import annotations
+
+from neuroexapt.couple.site import Dims, Site, rule
+
+_PAIR = "the real and the imaginary part"
+
+
+@rule("aten.view_as_real", "aten.view_as_real_copy")
+def view_as_real(site: Site) -> list[Dims]:
+    """(...) complex -> (..., 2)."""
+    x = site.call.inputs[0]
+    site.set_labels(site.call.outputs[0], (*site.labels(x), frozenset()))
+    return [(*site.dims(x), site.fixed(2, _PAIR))]
+
+
+@rule("aten.view_as_complex", "aten.view_as_complex_copy")
+def view_as_complex(site: Site) -> list[Dims]:
+    """(..., 2) -> (...) complex."""
+    x = site.call.inputs[0]
+    site.pin(site.axis(x, -1), _PAIR)
+    site.set_labels(site.call.outputs[0], site.labels(x)[:-1])
+    return [site.dims(x)[:-1]]
+
+
+@rule("aten._fft_r2c", "aten._fft_c2r", "aten._fft_c2c")
+def fourier(site: Site) -> list[Dims]:
+    """A transform along the dimensions named; the others pass."""
+    x, named = site.call.args[:2]
+    out = site.call.outputs[0]
+    places = {int(dim) % len(x.shape) for dim in named}
+    for place in places:
+        site.pin(site.axis(x, place), "a Fourier transform goes along it")
+    site.set_labels(
+        out, [frozenset() if d in places else label for d, label in enumerate(site.labels(x))]
+    )
+    return [
+        tuple(
+            site.fixed(size, "frequencies") if place in places else site.axis(x, place)
+            for place, size in enumerate(out.shape)
+        )
+    ]

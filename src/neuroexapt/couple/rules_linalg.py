@@ -1,0 +1,69 @@
+"""Linear algebra on whole matrices: every entry of the result depends on every entry."""
+
+from __future__ import annotations
+
+from neuroexapt.couple.rules_pointwise import broadcast
+from neuroexapt.couple.site import Dims, Site, rule
+
+
+@rule(
+    "aten._linalg_det",
+    "aten._linalg_eigh",
+    "aten._linalg_slogdet",
+    "aten._linalg_solve_ex",
+    "aten._linalg_svd",
+    "aten.cholesky",
+    "aten.cholesky_inverse",
+    "aten.cholesky_solve",
+    "aten.linalg_cholesky_ex",
+    "aten.linalg_eig",
+    "aten.linalg_eigvals",
+    "aten.linalg_householder_product",
+    "aten.linalg_inv_ex",
+    "aten.linalg_ldl_factor_ex",
+    "aten.linalg_ldl_solve",
+    "aten.linalg_lstsq",
+    "aten.linalg_lu",
+    "aten.linalg_lu_factor_ex",
+    "aten.linalg_lu_solve",
+    "aten.linalg_matrix_exp",
+    "aten.linalg_pinv",
+    "aten.linalg_qr",
+    "aten.linalg_solve_triangular",
+    "aten.triangular_solve",
+)
+def whole_matrices(site: Site) -> list[Dims]:
+    """(batch, m, n) -> results for each matrix by itself; its rows and columns are held."""
+    matrix = site.call.inputs[0]
+    why = f"{site.call.op.removeprefix('aten.')} works on the whole matrix"
+    batch = len(matrix.shape) - 2
+    for ref in site.call.inputs:
+        for axis in site.dims(ref)[min(batch, len(ref.shape)) :]:
+            site.pin(axis, why)
+        for place, axis in enumerate(site.dims(ref)[:batch]):
+            site.same(axis, site.axis(matrix, place))
+    return [
+        (
+            *site.dims(matrix)[: min(batch, len(ref.shape))],
+            *(site.fixed(size, why) for size in ref.shape[batch:]),
+        )
+        for ref in site.call.outputs
+    ]
+
+
+@rule("aten.linalg_cross")
+def cross(site: Site) -> list[Dims]:
+    """The vector product along one dimension of 3."""
+    left, right = site.call.inputs[:2]
+    dims = broadcast(site, [left, right], site.call.outputs[0].shape)
+    site.pin(dims[int(site.setting("dim", -1))], "the three axes of space")
+    return [dims]
+
+
+@rule("aten.dist")
+def dist(site: Site) -> list[Dims]:
+    """The norm of a difference."""
+    shape = max((ref.shape for ref in site.call.inputs), key=len)
+    for axis in broadcast(site, site.call.inputs, shape):
+        site.mix(axis, "norm")
+    return [()]
