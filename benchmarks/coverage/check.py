@@ -1,0 +1,289 @@
+"""What one case says: every stage timed, every failure classed."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from benchmarks.coverage import oracle
+from benchmarks.coverage.case import Case
+from benchmarks.coverage.outputs import (
+    SEED,
+    Args,
+    Kwargs,
+    changed,
+    difference,
+    fingerprint,
+    run,
+    shapes,
+    train_step,
+)
+from torch import nn
+
+from neuroexapt import AxisMap, Narrow, NeuroExaptError, Widen, map_axes, transaction
+from neuroexapt.couple import leaves
+from neuroexapt.errors import VerifyError
+
+EXACT = 1e-5
+# Narrowing must take at least this share of the parameters to count.
+GONE = 0.1
+# Seconds a map may take to be timed three times.
+SLOW = 1.0
+STAGES = ("map", "narrow", "widen", "permutation", "silent")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a stage ended.
+
+    Attributes:
+        status: ``"ok"``, ``"refused"`` (with a reason, the model untouched), ``"little"``
+            (narrowed, but too few parameters gone), ``"wrong"``, ``"crash"``, ``"hang"``,
+            ``"skipped"``.
+        reason: why it is not ok; or what is worth saying.
+        seconds: wall time.
+    """
+
+    status: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Result:
+    """What was found about a case; all numbers, ready for JSON.
+
+    Attributes:
+        name: of the case.
+        stages: by name, see ``STAGES``; ``"build"`` if the model does not run by itself.
+        facts: numbers: parameters, widths, share of parameters that can change, parameters
+            after narrowing, widened widths, seconds for a map.
+        unknown: operators without a rule.
+        pins: reasons of pins and how many dimensions have them.
+    """
+
+    name: str
+    stages: dict[str, Stage] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    pins: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def full(self) -> bool:
+        """Everything asked for came true."""
+        return all(name in self.stages and self.stages[name].status == "ok" for name in STAGES)
+
+    @property
+    def safe(self) -> bool:
+        """Each stage came true or was refused with a reason and the model untouched."""
+        good = ("ok", "refused", "little", "skipped")
+        return bool(self.stages) and all(stage.status in good for stage in self.stages.values())
+
+
+@dataclass
+class _Bench:
+    """A case in work: the model as built, never edited itself."""
+
+    model: nn.Module
+    args: Args
+    kwargs: dict[str, Any]
+    result: Result
+    axes: AxisMap | None = None
+
+
+class Wrong(Exception):
+    """The library did something wrong; the message says what."""
+
+
+class Little(Exception):
+    """The edit was made and is of little use; the message says why."""
+
+
+def check(case: Case) -> Result:
+    """Put a case through all stages, in this process."""
+    result = Result(case.name)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    bench: list[_Bench] = []
+    result.stages["build"] = _timed(lambda: bench.append(_build(case, result)))
+    if not bench:
+        return result
+    del result.stages["build"]
+    stages: dict[str, Callable[[_Bench], str]] = {
+        "map": _map,
+        "narrow": _narrow,
+        "widen": _widen,
+        "permutation": _permutation,
+        "silent": _silent,
+    }
+    for name, stage in stages.items():
+        if name != "map" and bench[0].axes is None:
+            result.stages[name] = Stage("skipped", "no map")
+        else:
+            result.stages[name] = _timed(lambda stage=stage: stage(bench[0]))
+    return result
+
+
+def _timed(work: Callable[[], str | None]) -> Stage:
+    started = time.perf_counter()
+    status, reason = "ok", ""
+    try:
+        reason = work() or ""
+    except NeuroExaptError as error:
+        status, reason = "refused", f"{type(error).__name__}: {error}"
+    except Wrong as error:
+        status, reason = "wrong", str(error)
+    except Little as error:
+        status, reason = "little", str(error)
+    except Exception as error:  # the point of the benchmark: whatever happens is counted
+        status, reason = "crash", f"{type(error).__name__}: {error}{_where(error)}"
+    return Stage(status, reason[:600], time.perf_counter() - started)
+
+
+def _where(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return ""
+    return f" ({trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno})"
+
+
+def _build(case: Case, result: Result) -> _Bench:
+    """The model, seeded; it must train by itself before anything is asked of the library."""
+    torch.manual_seed(SEED)
+    model = case.make()
+    args, kwargs = case.inputs()
+    alone = copy.deepcopy(model)
+    run(alone, args, kwargs)
+    train_step(alone, args, kwargs, torch.optim.AdamW(alone.parameters(), lr=1e-3))
+    result.facts["parameters"] = sum(p.numel() for p in model.parameters())
+    return _Bench(model, args, kwargs, result)
+
+
+def _map(bench: _Bench) -> str:
+    before = fingerprint(bench.model)
+    bench.axes = _untouched(bench.model, before, bench)
+    # The first map above paid for imports; a slow model is timed once more, others three times.
+    seconds = [_map_seconds(bench)]
+    if seconds[0] < SLOW:
+        seconds += [_map_seconds(bench), _map_seconds(bench)]
+    axes, facts = bench.axes, bench.result.facts
+    facts["map_seconds"] = statistics.median(seconds)
+    facts["widths"] = len(axes.widths)
+    facts["share"] = _share(bench.model, axes)
+    bench.result.unknown = sorted(axes.unknown)
+    for pin in axes.pinned.values():
+        reason = pin.reason[:120]
+        bench.result.pins[reason] = bench.result.pins.get(reason, 0) + 1
+    return "; ".join(axes.notes)
+
+
+def _map_seconds(bench: _Bench) -> float:
+    started = time.perf_counter()
+    map_axes(bench.model, bench.args, bench.kwargs)
+    return time.perf_counter() - started
+
+
+def _untouched(model: nn.Module, before: dict[str, Any], bench: _Bench) -> AxisMap:
+    try:
+        return map_axes(model, bench.args, bench.kwargs)
+    finally:
+        _check_untouched(model, before)
+
+
+def _check_untouched(model: nn.Module, before: dict[str, Any]) -> None:
+    names = changed(model, before)
+    if names:
+        raise Wrong(f"a model that should be untouched changed at {names[:3]}")
+
+
+def _share(model: nn.Module, axes: AxisMap) -> float:
+    total = able = 0
+    for name, parameter in model.named_parameters():
+        names = {leaf.name for expr in axes.tensors[name] for leaf in leaves(expr)}
+        total += parameter.numel()
+        able += parameter.numel() * bool(names & axes.widths.keys())
+    return able / max(1, total)
+
+
+def _narrow(bench: _Bench) -> str:
+    """A quarter off every width of a model in training, then the same shapes and a step."""
+    model, args, kwargs = copy.deepcopy(bench.model), bench.args, bench.kwargs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train_step(model, args, kwargs, optimizer)
+    shapes_before = [shapes(model, args, kwargs, training=mode) for mode in (False, True)]
+    before = fingerprint(model)
+    try:
+        with transaction(model, optimizer) as tx:
+            done = tx.apply(Narrow("*", by=0.25), args, kwargs, axes=bench.axes)
+    except NeuroExaptError:
+        _check_untouched(model, before)
+        raise
+    bench.result.facts["narrowed"] = done.parameters_after
+    if [shapes(model, args, kwargs, training=mode) for mode in (False, True)] != shapes_before:
+        raise Wrong("narrowing changed the shape of an output")
+    train_step(model, args, kwargs, optimizer)
+    gone = 1 - done.parameters_after / done.parameters_before
+    if gone < GONE:
+        raise Little(f"only {gone:.1%} of the parameters gone")
+    return ""
+
+
+def _widen(bench: _Bench) -> str:
+    """All widths at once, else each by itself; the difference is measured here once more."""
+    facts = bench.result.facts
+    refusal = _widened(bench, "*")
+    if refusal is None:
+        facts["widened"] = facts["widths"]
+        return ""
+    assert bench.axes is not None
+    refused = {name: _widened(bench, name) for name in bench.axes.widths}
+    reasons = [reason for reason in refused.values() if reason is not None]
+    facts["widened"] = len(refused) - len(reasons)
+    return f"'*' refused: {refusal}; by themselves {len(reasons)} of {len(refused)} refused"
+
+
+def _widened(bench: _Bench, at: str) -> str | None:
+    """None if exact, else the reason of a refusal made in advance."""
+    model, args, kwargs = copy.deepcopy(bench.model), bench.args, bench.kwargs
+    outputs = run(model, args, kwargs)
+    before = fingerprint(model)
+    try:
+        with transaction(model) as tx:
+            tx.apply(Widen(at, by=0.25), args, kwargs, axes=bench.axes)
+    except VerifyError as error:
+        _check_untouched(model, before)
+        raise Wrong(f"{at} promised to be exact and was taken back: {error}") from error
+    except NeuroExaptError as error:
+        _check_untouched(model, before)
+        return f"{error.place}: {error.seen}"
+    gap = difference(run(model, args, kwargs), outputs)
+    if gap > EXACT:
+        raise Wrong(f"{at} widened with a relative difference of {gap:.1e}")
+    return None
+
+
+def _permutation(bench: _Bench) -> str:
+    return _verdict(bench, oracle.permutation)
+
+
+def _silent(bench: _Bench) -> str:
+    return _verdict(bench, oracle.silent_units)
+
+
+def _verdict(
+    bench: _Bench, judge: Callable[[nn.Module, AxisMap, Args, Kwargs], oracle.Verdict]
+) -> str:
+    assert bench.axes is not None
+    verdict = judge(bench.model, bench.axes, bench.args, bench.kwargs)
+    if verdict.wrong:
+        listed = "; ".join(f"{name}: {text}" for name, text in list(verdict.wrong.items())[:4])
+        raise Wrong(f"{len(verdict.wrong)} of {verdict.checked} widths: {listed}")
+    return f"{verdict.checked} widths"

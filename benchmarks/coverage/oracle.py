@@ -1,0 +1,173 @@
+"""Two numerical oracles for an axis map, by plain indexing and without the rooms that edit.
+
+*Silent units*: units that nothing reads are taken out; the outputs stay. *Permutation*: the units
+of a width change their order everywhere; the outputs stay, whatever norms or softmaxes mix over
+them. A map that ties wrong positions together, misses a tensor, or takes a dimension with a
+positional meaning for a width fails one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.coverage.outputs import Args, Kwargs, difference, run
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from neuroexapt.couple import AxisMap, Width, leaves, size_of, source_index, unit_of
+
+Order = Mapping[str, NDArray[np.int64]]
+# Largest relative difference in double precision, and for models that refuse it.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an oracle found.
+
+    Attributes:
+        checked: number of widths it looked at.
+        wrong: per width that failed the largest relative difference, or the error.
+    """
+
+    checked: int
+    wrong: Mapping[str, str]
+
+
+def permutation(model: nn.Module, axes: AxisMap, args: Args, kwargs: Kwargs) -> Verdict:
+    """Change the order of the units of every width."""
+    orders = {width.name: _shuffled(width) for width in axes.widths.values() if width.size > 1}
+    return _judge(orders, Exam(model, axes, args, kwargs).permuted)
+
+
+def silent_units(model: nn.Module, axes: AxisMap, args: Args, kwargs: Kwargs) -> Verdict:
+    """Take a quarter of the units out of every width that no operator mixes over."""
+    widths = [width for width in axes.widths.values() if width.size > 1 and not width.mixers]
+    kept = {width.name: _three_quarters(width) for width in widths}
+    return _judge(kept, Exam(model, axes, args, kwargs).thinned)
+
+
+def _shuffled(width: Width) -> NDArray[np.int64]:
+    """A permutation without a fixed point: a shuffled cycle."""
+    cycle = np.random.default_rng(width.size).permutation(width.size)
+    order = np.empty(width.size, dtype=np.int64)
+    order[cycle] = np.roll(cycle, 1)
+    return order
+
+
+def _three_quarters(width: Width) -> NDArray[np.int64]:
+    """What stays when about a quarter goes, spread over the width, the first unit among it."""
+    gone = np.unique(np.linspace(0, width.size - 1, max(1, width.size // 4)).astype(np.int64))
+    return np.setdiff1d(np.arange(width.size, dtype=np.int64), gone[: width.size - 1])
+
+
+def _judge(orders: Order, measure: Callable[[Order], str | None]) -> Verdict:
+    """All widths at once; only if that fails one by one, to name those that are wrong."""
+    together = measure(orders) if orders else None
+    if together is None:
+        return Verdict(len(orders), {})
+    alone = {name: measure({name: order}) for name, order in orders.items()}
+    wrong = {name: text for name, text in alone.items() if text is not None}
+    return Verdict(len(orders), wrong or {"all widths together": together})
+
+
+class Exam:
+    """A model in double precision where it allows that, with its outputs."""
+
+    def __init__(self, model: nn.Module, axes: AxisMap, args: Args, kwargs: Kwargs) -> None:
+        self.axes = axes
+        try:
+            self.model = copy.deepcopy(model).double()
+            self.args, self.kwargs = _doubled((args, dict(kwargs)))
+            self.outputs = run(self.model, self.args, self.kwargs)
+            self.tolerance = TOLERANCE[torch.float64]
+        except (RuntimeError, ValueError, TypeError):
+            self.model, self.args, self.kwargs = copy.deepcopy(model), args, dict(kwargs)
+            self.outputs = run(self.model, self.args, self.kwargs)
+            self.tolerance = TOLERANCE[torch.float32]
+
+    def permuted(self, orders: Order) -> str | None:
+        """What differs when units change their order; None if nothing does."""
+        model = copy.deepcopy(self.model)
+        reindex(model, self.axes, orders)
+        return self._compare(model, self.outputs)
+
+    def thinned(self, kept: Order) -> str | None:
+        """What differs when silent units are taken out; None if nothing does."""
+        model = copy.deepcopy(self.model)
+        for name, order in kept.items():
+            silence(model, self.axes, self.axes.widths[name], order)
+        before = run(model, self.args, self.kwargs)
+        reindex(model, self.axes, kept)
+        return self._compare(model, before)
+
+    def _compare(self, model: nn.Module, before: list[Tensor]) -> str | None:
+        try:
+            gap = difference(run(model, self.args, self.kwargs), before)
+        except Exception as error:  # whatever user code raises is the finding
+            return f"{type(error).__name__}: {error}"[:300]
+        return None if gap <= self.tolerance else f"relative difference {gap:.1e}"
+
+
+def _doubled(example: Any) -> Any:
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t.clone(), example
+    )
+
+
+def silence(model: nn.Module, axes: AxisMap, width: Width, kept: NDArray[np.int64]) -> None:
+    """Zero what reads the units that are not kept."""
+    tensors = _named(model)
+    for place in width.appearances:
+        if "consumer" in place.roles:
+            units = unit_of(axes.tensors[place.tensor][place.dim], width.name)
+            at = np.flatnonzero((units >= 0) & ~np.isin(units, kept))
+            with torch.no_grad():
+                tensors[place.tensor].index_fill_(place.dim, torch.from_numpy(at), 0)
+
+
+def reindex(model: nn.Module, axes: AxisMap, orders: Order) -> None:
+    """Give each width named the units of ``orders``, in every tensor and number that has it."""
+    made: dict[int, Tensor] = {}
+    for name, tensor in _named(model).items():
+        new = made.setdefault(id(tensor), _indexed(tensor, axes, name, orders))
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        held = module._parameters if leaf in module._parameters else module._buffers
+        held[leaf] = new
+    sizes = {name: len(order) for name, order in orders.items()}
+    for bound in axes.attributes:
+        if _names(leaf.name for expr in bound.exprs for leaf in leaves(expr)) & sizes.keys():
+            values = tuple(size_of(expr, sizes) for expr in bound.exprs)
+            setattr(
+                model.get_submodule(bound.module),
+                bound.name,
+                values if bound.is_tuple else values[0],
+            )
+
+
+def _names(names: Iterable[str]) -> set[str]:
+    return set(names)
+
+
+def _indexed(tensor: Tensor, axes: AxisMap, name: str, orders: Order) -> Tensor:
+    result = tensor.detach()
+    for dim, expr in enumerate(axes.tensors[name]):
+        if _names(leaf.name for leaf in leaves(expr)) & orders.keys():
+            index = torch.from_numpy(source_index(expr, orders))
+            result = result.index_select(dim, index)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(result, requires_grad=tensor.requires_grad)
+    return result
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
