@@ -48,10 +48,11 @@ def _sequence(site: Site, net: _Network) -> list[Dims]:
         site.pin(axis, "steps of a sequence")
     # A layer puts out its first state: the hidden width, or what that is projected to.
     out, hidden = site.axis(net.states[0], -1), site.free(net.hidden)
-    incoming, origin = site.axis(net.x, -1), frozenset[Label]()
+    # Units keep something of the state they start with, and so stem from its makers too.
+    incoming, origin = site.axis(net.x, -1), _makers(site, net.states)
     for number in range(net.layers):
         for weights in net.level(number):
-            origin = _layer(site, net, weights, (incoming, hidden, out))
+            origin |= _layer(site, net, weights, (incoming, hidden, out))
         incoming = algebra.concat([out] * net.directions)
     if len(net.states) > 1:
         site.same(site.axis(net.states[1], -1), hidden)
@@ -82,6 +83,10 @@ def _layer(
     return site.labels(rest[0])[0]
 
 
+def _makers(site: Site, refs: Sequence[TensorRef]) -> frozenset[Label]:
+    return place_of([site.labels(ref)[-1] for ref in refs])
+
+
 def _rows(site: Site, gates: int, hidden: Axis) -> Axis:
     if gates == 1:
         return hidden
@@ -93,6 +98,8 @@ def _results(site: Site, net: _Network, last: Axis, origin: frozenset[Label]) ->
     _stems_from(site, out, origin)
     results: list[Dims] = [(*site.dims(net.x)[:-1], last)]
     for ref, given in zip(others, net.states, strict=False):
+        for axis in site.dims(given)[:-2]:
+            site.pin(axis, "a number of layers and directions")
         _stems_from(site, ref, origin)
         results.append(site.dims(given))
     kept = others[len(net.states) :]  # for the kernel's own backward: met by nobody
@@ -170,6 +177,7 @@ def cell(site: Site) -> list[Dims]:
     width = site.axis(states[0], -1)
     net = _Network(kind, x, states, present, width.size, biased=len(present) > 2)
     origin = _layer(site, net, present, (site.axis(x, -1), width, width))
+    origin |= _makers(site, states)
     for ref in states:
         site.same(site.axis(ref, -1), width)
     for ref in site.call.outputs:
@@ -189,7 +197,7 @@ def fused_cell(site: Site) -> list[Dims]:
         site.same(site.axis(ref, -1), rows)
     for ref in biases:
         site.role(ref, 0, "elementwise", "zero")
-    origin = place_of([site.labels(ref)[-1] for ref in (from_input, from_state, *biases)])
+    origin = _makers(site, (from_input, from_state, state, *biases))
     results = [site.dims(state)]
     for ref in site.call.outputs:
         _stems_from(site, ref, origin)
