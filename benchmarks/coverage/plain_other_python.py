@@ -159,12 +159,12 @@ class ChoiceNet(nn.Module):
         self.activations = nn.ModuleDict([["lrelu", nn.LeakyReLU()], ["prelu", nn.PReLU()]])
         self.act = act
         self.high, self.low = nn.Linear(32, 48), nn.Linear(32, 48)
-        self.out = nn.Linear(48, 2)
+        self.tail = nn.Sequential(nn.Linear(48, 56), nn.ReLU(), nn.Linear(56, 2))
 
     def forward(self, x, choice):
         x = self.activations[self.act](self.choices[choice](x)).mean(-1)
         h = self.high(x) if x.mean() > 0 else self.low(x)
-        return self.out(torch.relu(h))
+        return self.tail(torch.relu(h))
 
 
 class EarlyExit(nn.Module):

@@ -94,15 +94,16 @@ class LSTMWithProjection(nn.Module):
 
 
 class CharRNN(nn.Module):
-    """Word-language-model example: tied encoder and decoder, init_hidden, weights drawn by hand."""
+    """Word-language-model example: tied decoder behind a projection, init_hidden, state returned."""
 
-    def __init__(self, ntoken=40, ninp=32, nhid=32, nlayers=2, dropout=0.2, tie_weights=True):
+    def __init__(self, ntoken=40, ninp=24, nhid=40, nlayers=1, dropout=0.2, tie_weights=True):
         super().__init__()
         self.ntoken = ntoken
         self.drop = nn.Dropout(dropout)
         self.encoder = nn.Embedding(ntoken, ninp)
-        self.rnn = nn.LSTM(ninp, nhid, nlayers, dropout=dropout)
-        self.decoder = nn.Linear(nhid, ntoken)
+        self.rnn = nn.LSTM(ninp, nhid, nlayers)
+        self.proj = nn.Linear(nhid, ninp)
+        self.decoder = nn.Linear(ninp, ntoken)
         if tie_weights:
             self.decoder.weight = self.encoder.weight
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
@@ -120,8 +121,32 @@ class CharRNN(nn.Module):
         hidden = self.init_hidden(input.size(1))
         emb = self.drop(self.encoder(input))
         output, hidden = self.rnn(emb, hidden)
-        decoded = self.decoder(self.drop(output))
+        decoded = self.decoder(self.proj(self.drop(output)))
         return F.log_softmax(decoded.view(-1, self.ntoken), dim=1), hidden
+
+
+class StatefulCharRNN(nn.Module):
+    """Udacity's character model: two layers, contiguous().view(-1, n_hidden), state kept inside."""
+
+    def __init__(self, tokens=30, n_hidden=32, n_layers=2, drop_prob=0.3):
+        super().__init__()
+        self.tokens, self.n_hidden, self.n_layers = tokens, n_hidden, n_layers
+        self.lstm = nn.LSTM(tokens, n_hidden, n_layers, dropout=drop_prob, batch_first=True)
+        self.dropout = nn.Dropout(drop_prob)
+        self.fc = nn.Linear(n_hidden, tokens)
+        self.hidden = None
+
+    def forward(self, x):
+        x = F.one_hot(x, self.tokens).float()
+        if self.hidden is None or self.hidden[0].size(1) != x.size(0):
+            zeros = torch.zeros(self.n_layers, x.size(0), self.n_hidden)
+            self.hidden = (zeros, zeros.clone())
+        r_output, hidden = self.lstm(x, tuple(h.detach() for h in self.hidden))
+        if self.training:
+            self.hidden = hidden
+        out = self.dropout(r_output)
+        out = out.contiguous().view(-1, self.n_hidden)
+        return self.fc(out)
 
 
 class LSTMCellLoop(nn.Module):
@@ -279,7 +304,8 @@ class Seq2SeqLuong(nn.Module):
             x = torch.tanh(self.concat(torch.cat((rnn_output.squeeze(0), context), 1)))
             logits = self.out(x)
             outputs.append(logits)
-            token = trg[t] if random.random() < teacher_forcing_ratio else logits.argmax(1)
+            teacher_force = self.training and random.random() < teacher_forcing_ratio
+            token = trg[t] if teacher_force else logits.argmax(1)
         return torch.stack(outputs)
 
 
@@ -315,6 +341,7 @@ CASES: tuple[Case, ...] = (
     Case("plain/bilstm_tagger", BiLSTMTagger, given(integers(50, 3, 8))),
     Case("plain/lstm_projection", LSTMWithProjection, given(normal(3, 8, 6))),
     Case("plain/char_rnn_tied", CharRNN, given(integers(40, 8, 3))),
+    Case("plain/char_rnn_stateful", StatefulCharRNN, given(integers(30, 3, 8))),
     Case("plain/lstm_cell_loop", LSTMCellLoop, given(normal(3, 6))),
     Case("plain/gru_cell_caption", GRUCellDecoder, given(normal(3, 10), integers(30, 3, 5))),
     Case("plain/handwritten_lstm", HandwrittenLSTM, given(normal(3, 6, 6))),
