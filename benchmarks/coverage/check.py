@@ -8,10 +8,11 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.coverage import oracle
+from benchmarks.coverage import oracle, rivals
 from benchmarks.coverage.case import Case
 from benchmarks.coverage.outputs import (
     SEED,
@@ -30,6 +31,7 @@ from neuroexapt import AxisMap, Narrow, NeuroExaptError, Widen, map_axes, transa
 from neuroexapt.couple import leaves
 from neuroexapt.errors import VerifyError
 
+Notify = Callable[[str, "Result"], None]
 EXACT = 1e-5
 # Narrowing must take at least this share of the parameters to count.
 GONE = 0.1
@@ -63,7 +65,7 @@ class Result:
         name: of the case.
         stages: by name, see ``STAGES``; ``"build"`` if the model does not run by itself.
         facts: numbers: parameters, widths, share of parameters that can change, parameters
-            after narrowing, widened widths, seconds for a map.
+            after narrowing, widened widths, processor seconds for a map.
         unknown: operators without a rule.
         pins: reasons of pins and how many dimensions have them.
     """
@@ -83,11 +85,12 @@ class Result:
     def safe(self) -> bool:
         """Each stage came true or was refused with a reason and the model untouched."""
         good = ("ok", "refused", "little", "skipped")
-        return bool(self.stages) and all(stage.status in good for stage in self.stages.values())
+        own = [self.stages[name].status for name in STAGES if name in self.stages]
+        return len(own) == len(STAGES) and all(status in good for status in own)
 
 
 @dataclass
-class _Bench:
+class Bench:
     """A case in work: the model as built, never edited itself."""
 
     model: nn.Module
@@ -101,32 +104,39 @@ class Wrong(Exception):
     """The library did something wrong; the message says what."""
 
 
+class Refused(Exception):
+    """A rival said in advance that it does not do this model."""
+
+
 class Little(Exception):
     """The edit was made and is of little use; the message says why."""
 
 
-def check(case: Case) -> Result:
-    """Put a case through all stages, in this process."""
+def check(case: Case, notify: Notify = lambda stage, result: None) -> Result:
+    """Put a case through all stages, in this process; ``notify`` hears of each one as it begins."""
     result = Result(case.name)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    bench: list[_Bench] = []
-    result.stages["build"] = _timed(lambda: bench.append(_build(case, result)))
+    notify("build", result)
+    bench: list[Bench] = []
+    built = _timed(lambda: bench.append(_build(case, result)))
     if not bench:
+        result.stages["build"] = built
         return result
-    del result.stages["build"]
-    stages: dict[str, Callable[[_Bench], str]] = {
+    stages: dict[str, Callable[[Bench], str]] = {
         "map": _map,
         "narrow": _narrow,
         "widen": _widen,
         "permutation": _permutation,
         "silent": _silent,
+        **{name: partial(_rival, rival) for name, rival in rivals.installed().items()},
     }
     for name, stage in stages.items():
-        if name != "map" and bench[0].axes is None:
+        notify(name, result)
+        if name in STAGES[1:] and bench[0].axes is None:
             result.stages[name] = Stage("skipped", "no map")
         else:
-            result.stages[name] = _timed(lambda stage=stage: stage(bench[0]))
+            result.stages[name] = _timed(partial(stage, bench[0]))
     return result
 
 
@@ -137,6 +147,8 @@ def _timed(work: Callable[[], str | None]) -> Stage:
         reason = work() or ""
     except NeuroExaptError as error:
         status, reason = "refused", f"{type(error).__name__}: {error}"
+    except Refused as error:
+        status, reason = "refused", str(error)
     except Wrong as error:
         status, reason = "wrong", str(error)
     except Little as error:
@@ -155,7 +167,7 @@ def _where(error: BaseException) -> str:
     return f" ({trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno})"
 
 
-def _build(case: Case, result: Result) -> _Bench:
+def _build(case: Case, result: Result) -> Bench:
     """The model, seeded; it must train by itself before anything is asked of the library."""
     torch.manual_seed(SEED)
     model = case.make()
@@ -164,10 +176,10 @@ def _build(case: Case, result: Result) -> _Bench:
     run(alone, args, kwargs)
     train_step(alone, args, kwargs, torch.optim.AdamW(alone.parameters(), lr=1e-3))
     result.facts["parameters"] = sum(p.numel() for p in model.parameters())
-    return _Bench(model, args, kwargs, result)
+    return Bench(model, args, kwargs, result)
 
 
-def _map(bench: _Bench) -> str:
+def _map(bench: Bench) -> str:
     before = fingerprint(bench.model)
     bench.axes = _untouched(bench.model, before, bench)
     # The first map above paid for imports; a slow model is timed once more, others three times.
@@ -185,13 +197,14 @@ def _map(bench: _Bench) -> str:
     return "; ".join(axes.notes)
 
 
-def _map_seconds(bench: _Bench) -> float:
-    started = time.perf_counter()
+def _map_seconds(bench: Bench) -> float:
+    """Processor time, which other work on the machine does not change; there is one thread."""
+    started = time.process_time()
     map_axes(bench.model, bench.args, bench.kwargs)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
-def _untouched(model: nn.Module, before: dict[str, Any], bench: _Bench) -> AxisMap:
+def _untouched(model: nn.Module, before: dict[str, Any], bench: Bench) -> AxisMap:
     try:
         return map_axes(model, bench.args, bench.kwargs)
     finally:
@@ -213,7 +226,7 @@ def _share(model: nn.Module, axes: AxisMap) -> float:
     return able / max(1, total)
 
 
-def _narrow(bench: _Bench) -> str:
+def _narrow(bench: Bench) -> str:
     """A quarter off every width of a model in training, then the same shapes and a step."""
     model, args, kwargs = copy.deepcopy(bench.model), bench.args, bench.kwargs
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -236,7 +249,7 @@ def _narrow(bench: _Bench) -> str:
     return ""
 
 
-def _widen(bench: _Bench) -> str:
+def _widen(bench: Bench) -> str:
     """All widths at once, else each by itself; the difference is measured here once more."""
     facts = bench.result.facts
     refusal = _widened(bench, "*")
@@ -250,7 +263,7 @@ def _widen(bench: _Bench) -> str:
     return f"'*' refused: {refusal}; by themselves {len(reasons)} of {len(refused)} refused"
 
 
-def _widened(bench: _Bench, at: str) -> str | None:
+def _widened(bench: Bench, at: str) -> str | None:
     """None if exact, else the reason of a refusal made in advance."""
     model, args, kwargs = copy.deepcopy(bench.model), bench.args, bench.kwargs
     outputs = run(model, args, kwargs)
@@ -270,16 +283,34 @@ def _widened(bench: _Bench, at: str) -> str | None:
     return None
 
 
-def _permutation(bench: _Bench) -> str:
+def _permutation(bench: Bench) -> str:
     return _verdict(bench, oracle.permutation)
 
 
-def _silent(bench: _Bench) -> str:
+def _silent(bench: Bench) -> str:
     return _verdict(bench, oracle.silent_units)
 
 
+def _rival(rival: rivals.Rival, bench: Bench) -> str:
+    """A rival gets a fresh copy and the same questions about what comes out."""
+    model, args, kwargs = copy.deepcopy(bench.model), bench.args, bench.kwargs
+    shapes_before = [shapes(model, args, kwargs, training=mode) for mode in (False, True)]
+    before = sum(p.numel() for p in model.parameters())
+    try:
+        model = rival(model, args, kwargs)
+    except rivals.Refusal as error:
+        raise Refused(str(error)) from error
+    if [shapes(model, args, kwargs, training=mode) for mode in (False, True)] != shapes_before:
+        raise Wrong("pruning changed the shape of an output")
+    train_step(model, args, kwargs, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    gone = 1 - sum(p.numel() for p in model.parameters()) / before
+    if gone < GONE:
+        raise Little(f"only {gone:.1%} of the parameters gone")
+    return f"{gone:.0%} of the parameters gone"
+
+
 def _verdict(
-    bench: _Bench, judge: Callable[[nn.Module, AxisMap, Args, Kwargs], oracle.Verdict]
+    bench: Bench, judge: Callable[[nn.Module, AxisMap, Args, Kwargs], oracle.Verdict]
 ) -> str:
     assert bench.axes is not None
     verdict = judge(bench.model, bench.axes, bench.args, bench.kwargs)

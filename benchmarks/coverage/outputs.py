@@ -83,7 +83,9 @@ def _relative(new: Tensor, old: Tensor) -> float:
         return 0.0
     a, b = new.detach().double(), old.detach().double()
     same = (a == b) | (a.isnan() & b.isnan())
-    gap = (a - b).abs().nan_to_num(nan=float("inf")).masked_fill(same, 0.0).max()
+    gap = (
+        (a - b).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).masked_fill(same, 0.0).max()
+    )
     scale = b.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-6)
     return float(gap / scale)
 

@@ -1,0 +1,42 @@
+"""Run the zoo: ``python -m benchmarks.coverage [--only GLOB] [--out FILE] [--jobs N]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.coverage import rivals
+from benchmarks.coverage.case import all_cases
+from benchmarks.coverage.page import headline, line, page
+from benchmarks.coverage.runner import results
+
+
+def main() -> None:
+    """Run the cases asked for and write what was found."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
+    parser.add_argument("--only", default="*", help="globs over case names, comma between")
+    parser.add_argument("--out", type=Path, help="write the page here, say docs/coverage.md")
+    parser.add_argument("--json", type=Path, help="write all results here")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--limit", type=float, default=120, help="seconds a stage may take")
+    parser.add_argument("--list", action="store_true", help="list the cases and leave")
+    options = parser.parse_args()
+    cases = all_cases(options.only)
+    if options.list or not cases:
+        print("\n".join(case.name for case in cases) or f"no case matches {options.only}")
+        return
+    found = []
+    for result in results(cases, jobs=options.jobs, limit=options.limit):
+        print(line(result), flush=True)
+        found.append(result)
+        if options.json:
+            options.json.write_text(json.dumps([asdict(r) for r in found], indent=1) + "\n")
+    print(headline(found))
+    if options.out:
+        options.out.write_text(page(found, list(rivals.installed())))
+
+
+if __name__ == "__main__":
+    main()
