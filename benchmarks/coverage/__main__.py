@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all results here")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--limit", type=float, default=120, help="seconds a stage may take")
+    parser.add_argument("--timings", type=int, default=3, help="maps made for the time alone")
     parser.add_argument("--list", action="store_true", help="list the cases and leave")
     options = parser.parse_args()
     cases = all_cases(options.only)
@@ -28,7 +29,8 @@ def main() -> None:
         print("\n".join(case.name for case in cases) or f"no case matches {options.only}")
         return
     found = []
-    for result in results(cases, jobs=options.jobs, limit=options.limit):
+    runs = results(cases, jobs=options.jobs, limit=options.limit, timings=options.timings)
+    for result in runs:
         print(line(result), flush=True)
         found.append(result)
         if options.json:

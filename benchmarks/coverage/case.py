@@ -22,6 +22,7 @@ MODULES = (
     "transformers_encoder",
     "transformers_seq2seq",
     "transformers_vision",
+    "transformers_dense",
     "transformers_other",
     "vision",
 )

@@ -112,8 +112,14 @@ class Little(Exception):
     """The edit was made and is of little use; the message says why."""
 
 
-def check(case: Case, notify: Notify = lambda stage, result: None) -> Result:
-    """Put a case through all stages, in this process; ``notify`` hears of each one as it begins."""
+def check(case: Case, notify: Notify = lambda stage, result: None, *, timings: int = 3) -> Result:
+    """Put a case through all stages, in this process.
+
+    Args:
+        case: of the zoo.
+        notify: hears of each stage as it begins.
+        timings: maps made for the time alone.
+    """
     result = Result(case.name)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -124,7 +130,7 @@ def check(case: Case, notify: Notify = lambda stage, result: None) -> Result:
         result.stages["build"] = built
         return result
     stages: dict[str, Callable[[Bench], str]] = {
-        "map": _map,
+        "map": partial(_map, timings),
         "narrow": _narrow,
         "widen": _widen,
         "permutation": _permutation,
@@ -179,15 +185,16 @@ def _build(case: Case, result: Result) -> Bench:
     return Bench(model, args, kwargs, result)
 
 
-def _map(bench: Bench) -> str:
+def _map(timings: int, bench: Bench) -> str:
     before = fingerprint(bench.model)
     bench.axes = _untouched(bench.model, before, bench)
-    # The first map above paid for imports; a slow model is timed once more, others three times.
-    seconds = [_map_seconds(bench)]
-    if seconds[0] < SLOW:
-        seconds += [_map_seconds(bench), _map_seconds(bench)]
+    # The first map above paid for imports; a slow model is timed once.
+    seconds = [_map_seconds(bench)] if timings else []
+    if seconds and seconds[0] < SLOW:
+        seconds += [_map_seconds(bench) for _ in range(timings - 1)]
     axes, facts = bench.axes, bench.result.facts
-    facts["map_seconds"] = statistics.median(seconds)
+    if seconds:
+        facts["map_seconds"] = statistics.median(seconds)
     facts["widths"] = len(axes.widths)
     facts["share"] = _share(bench.model, axes)
     bench.result.unknown = sorted(axes.unknown)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,20 +18,24 @@ from benchmarks.coverage.check import STAGES, Result, Stage, check
 _PRELOADED = ("benchmarks.coverage.check", "transformers.modeling_utils", "torchvision", "timm")
 
 
-def results(cases: Sequence[Case], *, jobs: int, limit: float) -> Iterator[Result]:
+def results(
+    cases: Sequence[Case], *, jobs: int, limit: float, timings: int = 3
+) -> Iterator[Result]:
     """The result of each case, in order.
 
     Args:
         cases: of the zoo; the children find them again by name.
         jobs: children at a time, each on one thread.
         limit: seconds a stage may take before it counts as hanging; a rival gets a third.
+        timings: maps made for the time alone.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     present = [name for name in _PRELOADED if find_spec(name.partition(".")[0])]
     context.set_forkserver_preload(present)
+    work = partial(_check_by_name, timings)
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda case: isolated(_check_by_name, case.name, limit), cases)
+        yield from pool.map(lambda case: isolated(work, case.name, limit), cases)
 
 
 def isolated(work: Callable[[str, Connection], None], name: str, limit: float) -> Result:
@@ -66,14 +71,14 @@ def isolated(work: Callable[[str, Connection], None], name: str, limit: float) -
     return result
 
 
-def _check_by_name(name: str, sender: Connection) -> None:
+def _check_by_name(timings: int, name: str, sender: Connection) -> None:
     _quiet()
     [case] = [case for case in all_cases() if case.name == name]
 
     def notify(stage: str, result: Result) -> None:
         sender.send((stage, result))
 
-    sender.send(("", check(case, notify)))
+    sender.send(("", check(case, notify, timings=timings)))
 
 
 def _quiet() -> None:

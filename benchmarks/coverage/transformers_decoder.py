@@ -101,20 +101,6 @@ _ROWS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("apertus", "ApertusForCausalLM", _GROUPED),
     ("gpt_oss", "GptOssForCausalLM", {**_EXPERTS, "head_dim": 8}),
     ("jetmoe", "JetMoeForCausalLM", {**_EXPERTS, "kv_channels": 8, "num_key_value_heads": 2}),
-    (
-        "dbrx",
-        "DbrxForCausalLM",
-        {
-            **SIZES,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-            "ffn_config": {
-                "hidden_size": 32,
-                "ffn_hidden_size": 24,
-                "moe_num_experts": 4,
-                "moe_top_k": 2,
-            },
-        },
-    ),
     ("deepseek_v2", "DeepseekV2ForCausalLM", _LATENT),
     ("deepseek_v3", "DeepseekV3ForCausalLM", _LATENT),
     ("minicpm3", "MiniCPM3ForCausalLM", _LATENT),

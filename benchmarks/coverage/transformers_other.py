@@ -82,13 +82,17 @@ def _speech_to_text() -> Inputs:
     return (), {"input_features": torch.randn(2, 24, 20), "decoder_input_ids": token_ids(7)}
 
 
+def _two_images() -> dict[str, Any]:
+    return {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
 def _text_and_image() -> Inputs:
-    return (), {**tokens()[1], **images()[1]}
+    return (), {**tokens()[1], **_two_images()}
 
 
 def _image_with_words() -> Inputs:
     boxes = torch.randint(0, 30, (2, 10, 4)).sort(dim=-1).values
-    return (), {**tokens()[1], "bbox": boxes, **images()[1]}
+    return (), {**tokens()[1], "bbox": boxes, **_two_images()}
 
 
 def _visual_words() -> Inputs:
@@ -126,16 +130,8 @@ def _returns() -> Inputs:
     }
 
 
-def _pixels_as_tokens() -> Inputs:
-    return (), {"inputs": torch.randn(2, 3, 16, 16)}
-
-
 def _perceived_text() -> Inputs:
     return (), {"inputs": token_ids(10), "attention_mask": torch.ones(2, 10)}
-
-
-def _captioned() -> Inputs:
-    return (), {**images()[1], "decoder_input_ids": token_ids(7)}
 
 
 def _speech() -> list[Case]:
