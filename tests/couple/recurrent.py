@@ -262,8 +262,8 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
     {"batch_first": True, "bias": False},
 )
 _PROJECTED: tuple[dict[str, Any], ...] = (
-    {"proj_size": 4},
-    {"proj_size": 4, "num_layers": 2, "bidirectional": True, "bias": False},
+    {"proj_size": 3},
+    {"proj_size": 3, "num_layers": 2, "bidirectional": True, "bias": False},
 )
 
 
@@ -285,7 +285,7 @@ GRID = tuple(
         _named(nn.LSTM, options),
         lambda options=options: Tagger(nn.LSTM, last=False, **options),  # type: ignore[misc]
         steps,
-        (4, 5, 6),
+        (3, 5, 6),
     )
     for options in _PROJECTED
 )
@@ -317,6 +317,7 @@ WRITTEN = (
         ragged,
         (5, 6),
     ),
+    Case("packed, every step", lambda: Packed(nn.LSTM, steps=True), ragged, (5, 6)),
     Case("stack", Stack, steps, (4, 5, 6)),
     Case("directions by halves", lambda: Directions(halves=True), steps, (6,)),
     Case("directions by view", lambda: Directions(halves=False), steps, (6,)),

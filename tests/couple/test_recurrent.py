@@ -62,6 +62,22 @@ def test_a_silent_unit_can_be_taken_out(case: Case) -> None:
             assert worst_difference(model, args, axes, width, unit) < 1e-9, width.name
 
 
+def in_parts(model: nn.Module, args: tuple[Tensor, ...]) -> AxisMap:
+    """The map of a run in which torch takes recurrent networks apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("neuroexapt.capture.whole._NETWORKS", frozenset())
+        axes = map_axes(model, args)
+    assert len(axes.traces[0].calls) > len(map_axes(model, args).traces[0].calls)
+    assert not axes.unknown
+    return axes
+
+
+@pytest.mark.parametrize("case", GRID, ids=lambda case: case.name)
+def test_a_network_couples_what_its_parts_do(case: Case) -> None:
+    """One rule for the whole, or those of every product, gate and step: the same map."""
+    _same(mapped(case), in_parts(*built(case)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_another_precision_has_the_same_map(kind: type[nn.RNNBase], dtype: torch.dtype) -> None:
@@ -69,12 +85,23 @@ def test_another_precision_has_the_same_map(kind: type[nn.RNNBase], dtype: torch
     model = Tagger(kind, num_layers=2, bidirectional=True)
     [x] = steps()
     exact = map_axes(model.double(), (x.double(),))
-    other = map_axes(model.to(dtype), (x.to(dtype),))
-    assert {w.name: w.size for w in other.widths.values()} == {
-        w.name: w.size for w in exact.widths.values()
-    }
-    for name, width in exact.widths.items():
-        assert _places(other, other.widths[name].name) == _places(exact, width.name)
+    _same(exact, map_axes(model.to(dtype), (x.to(dtype),)))
+    _same(exact, in_parts(model, (x.to(dtype),)))
+
+
+def test_a_long_sequence_is_one_call() -> None:
+    """The run that is recorded has as many calls for a thousand steps as for two."""
+    model = Tagger(nn.GRU, num_layers=2)
+    long, short = (map_axes(model, (torch.randn(n, 2, FEATURES),)) for n in (1000, 2))
+    assert len(long.traces[0].calls) == len(short.traces[0].calls) < 20
+    assert long.modules["rnn"].outputs[0][0] != short.modules["rnn"].outputs[0][0]
+    _same(long, short)
+
+
+def _same(one: AxisMap, other: AxisMap) -> None:
+    """The same widths at the same places, whatever they are called."""
+    ones, others = ([_places(axes, name) for name in axes.widths] for axes in (one, other))
+    assert sorted(ones, key=str) == sorted(others, key=str)
 
 
 def _places(axes: AxisMap, name: str) -> dict[tuple[str, int], tuple[Any, ...]]:
@@ -88,12 +115,11 @@ def _places(axes: AxisMap, name: str) -> dict[tuple[str, int], tuple[Any, ...]]:
     }
 
 
-def test_the_steps_of_packed_sequences() -> None:
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_packed_sequences_in_parts(kind: type[nn.RNNBase]) -> None:
     """Lengths and steps are data, features pass."""
-    x, lengths = ragged()
-    axes = map_axes(Packed(nn.LSTM, steps=True), (x, lengths))
-    assert "embed.out" in axes.widths
-    assert not axes.unknown
+    model, args = Packed(kind, steps=False, num_layers=2, bidirectional=True), ragged()
+    _same(map_axes(model, args), in_parts(model, args))
 
 
 # --- by brute force: move one entry and see what moves -------------------------------------------
@@ -264,15 +290,15 @@ def test_a_kernel_couples_what_its_parts_do(kernel: Kernel) -> None:
         more = [torch.empty(shape, device="meta") for shape in kernel.more]
         results = [torch.empty(STEPS, BATCH, ways_out, device="meta"), *states, *more]
     state = states[1] if isinstance(rnn, nn.LSTM) else states[0]
-    _check(kernel.op, dict(rnn.named_parameters()), args, results, state, _whole_map(rnn))
+    _check(kernel.op, dict(rnn.named_parameters()), args, results, state, _map_of_parts(rnn))
 
 
-def _whole_map(rnn: nn.RNNBase) -> AxisMap:
+def _map_of_parts(rnn: nn.RNNBase) -> AxisMap:
     options = {name: getattr(rnn, name) for name in ("num_layers", "bidirectional", "bias")}
     options |= {"proj_size": rnn.proj_size} if rnn.proj_size else {}
     options |= {"nonlinearity": "relu"} if rnn.mode == "RNN_RELU" else {}
     model = Tagger(type(rnn), last=False, batch_first=rnn.batch_first, **options)
-    return map_axes(model.double(), tuple(t.double() for t in steps()))
+    return in_parts(model.double(), tuple(t.double() for t in steps()))
 
 
 def _check(

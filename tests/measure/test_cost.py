@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from neuroexapt.capture import capture
 from neuroexapt.errors import MeasureError
-from neuroexapt.measure import count_flops, count_parameters, layers, tensor_bytes
+from neuroexapt.measure import count_flops, count_parameters, flops_of, layers, tensor_bytes
 
 
 class Counted(NamedTuple):
@@ -78,6 +79,12 @@ def test_a_multiply_add_counts_two_per_sample(row: Counted, training: bool) -> N
     """FLOPs are twice the multiply-adds done by hand, in either mode, whatever the batch size."""
     row.model.train(training)
     assert count_flops(row.model, row.args) == 2 * row.macs
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_a_recorded_run_counts_the_same(row: Counted) -> None:
+    """From the shapes of its operators alone."""
+    assert flops_of(capture(row.model, row.args)) == 2 * row.macs
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuroexapt.capture.attributes import Attribute, attributes_set
-from neuroexapt.capture.numbers import Watch, attributes_tracked
+from neuroexapt.capture.numbers import Number, Watch, attributes_tracked
 from neuroexapt.capture.restore import restored
 from neuroexapt.capture.trace import Call, ModuleRun, Source, TensorRef, Trace
+from neuroexapt.capture.whole import Whole
 from neuroexapt.errors import CaptureError
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -60,6 +61,7 @@ class _Tape:
     runs: list[ModuleRun] = field(default_factory=list)
     stack: list[str] = field(default_factory=list)
     failed_in: str | None = None
+    inside: bool = False  # a call written down as a whole: its parts are not
     _known: dict[int, TensorRef] = field(default_factory=dict)
     # A tensor that dies could hand its id to a later one, so all are kept until the end.
     _alive: list[Tensor] = field(default_factory=list)
@@ -79,6 +81,18 @@ class _Tape:
         """Let another tensor object stand for a ref (a parameter held outside the module dict)."""
         self._known[id(tensor)] = ref
         self._alive.append(tensor)
+
+    def whole(self, op: str, overload: str, args: Any, run: Callable[[], Any]) -> Any:
+        """Run a function, and write it down as one call."""
+        sealed, self.inside = self.seal(pytree.tree_map_only(Number, int, args)), True
+        try:
+            result = run()
+        finally:
+            self.inside = False
+        outputs = self.refs(result)
+        call = Call(op, overload, sealed, {}, outputs, self.module, _user_line(), pointwise=False)
+        self.calls.append(call)
+        return result
 
     def refs(self, value: Any) -> tuple[TensorRef, ...]:
         return tuple(self.ref(leaf) for leaf in opened(value) if isinstance(leaf, Tensor))
@@ -100,6 +114,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.tape.inside:
+            return func(*args, **kwargs)
         # Sealed before the call: an in-place operator may change an argument's shape.
         sealed_args, sealed_kwargs = self.tape.seal(args), self.tape.seal(kwargs)
         result = func(*args, **kwargs)
@@ -243,6 +259,7 @@ def _run(
             with contextlib.ExitStack() as modes:
                 modes.enter_context(_follow_modules(model, tape))
                 modes.enter_context(_Recorder(tape, watch))
+                modes.enter_context(Whole(tape.whole, fake=fake))
                 if watch is not None:
                     modes.enter_context(attributes_tracked(model))
                     modes.enter_context(watch)

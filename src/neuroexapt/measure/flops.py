@@ -13,8 +13,8 @@ from neuroexapt.capture import Call, Trace
 def flops_of(trace: Trace) -> int:
     """FLOPs of one sample's forward, as :func:`~neuroexapt.measure.count_flops` counts them.
 
-    Matrix products, convolutions and attention; one multiply-add counts 2. The batch size is
-    the first dimension of the first input.
+    Matrix products, convolutions, attention and recurrent networks; one multiply-add counts 2.
+    The batch size is the first dimension of the first input.
 
     Example:
         >>> import torch
@@ -51,6 +51,12 @@ def _attention(call: Call) -> int:
     return 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
+def _recurrent(call: Call) -> int:
+    """Every matrix (the arguments of two dimensions) once a step and sequence."""
+    x, *rest = call.inputs
+    return 2 * prod(x.shape[:-1]) * sum(prod(ref.shape) for ref in rest if len(ref.shape) == 2)
+
+
 _ATTENTION = (
     "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_flash_attention",
@@ -62,6 +68,7 @@ _ATTENTION = (
 _FORMULAS: dict[str, Callable[[Call], int]] = {
     **dict.fromkeys(("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"), _matrix_product),
     **dict.fromkeys(_ATTENTION, _attention),
+    **dict.fromkeys(("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu"), _recurrent),
     "aten.linear": _linear,
     "aten.convolution": _convolution,
 }

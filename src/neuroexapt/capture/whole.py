@@ -1,0 +1,51 @@
+"""Recurrent networks as the one call that they are, rather than step by step.
+
+torch takes most of them apart into a dozen operators for each layer and step before an operator
+is seen, and which ones depends on device, dtype and options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_NETWORKS = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+
+
+class Whole(TorchFunctionMode):
+    """Hands each recurrent network to ``record``, with a function that runs it.
+
+    Args:
+        record: called with operator, overload, arguments and that function; returns its result.
+        fake: tensors hold no values, so that one step says all that there is to know.
+    """
+
+    def __init__(
+        self, record: Callable[[str, str, Any, Callable[[], Any]], Any], *, fake: bool
+    ) -> None:
+        super().__init__()
+        self._record, self._fake = record, fake
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _NETWORKS or kwargs:
+            return func(*args, **(kwargs or {}))
+        packed = isinstance(args[3], (tuple, list))  # data, sizes and states, then the weights
+        overload = "data" if packed else "input"
+        if self._fake and not packed:
+            return self._record(
+                f"aten.{func.__name__}", overload, args, lambda: _one_step(func, *args)
+            )
+        return self._record(f"aten.{func.__name__}", overload, args, lambda: func(*args))
+
+
+def _one_step(network: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+    """The network on the first step alone, its output made as long as the input."""
+    time = 1 if rest[-1] else 0
+    out, *states = network(x.narrow(time, 0, 1), *rest)
+    shape = list(out.shape)
+    shape[time] = x.shape[time]
+    return (out.new_empty(shape), *states)
