@@ -94,7 +94,7 @@ class LSTMWithProjection(nn.Module):
 
 
 class CharRNN(nn.Module):
-    """Word-language-model example: tied decoder behind a projection, init_hidden, state returned."""
+    """Word-language-model example: tied decoder behind a projection, state made and returned."""
 
     def __init__(self, ntoken=40, ninp=24, nhid=40, nlayers=1, dropout=0.2, tie_weights=True):
         super().__init__()
