@@ -23,6 +23,7 @@ from tests.couple.recurrent import (
     CASES,
     FEATURES,
     GRID,
+    LOOPS,
     STEPS,
     Case,
     Packed,
@@ -66,13 +67,14 @@ def in_parts(model: nn.Module, args: tuple[Tensor, ...]) -> AxisMap:
     """The map of a run in which torch takes recurrent networks apart."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("neuroexapt.capture.whole._NETWORKS", frozenset())
+        patch.setattr("neuroexapt.capture.whole._CELLS", frozenset())
         axes = map_axes(model, args)
     assert len(axes.traces[0].calls) > len(map_axes(model, args).traces[0].calls)
     assert not axes.unknown
     return axes
 
 
-@pytest.mark.parametrize("case", GRID, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*GRID, *LOOPS], ids=lambda case: case.name)
 def test_a_network_couples_what_its_parts_do(case: Case) -> None:
     """One rule for the whole, or those of every product, gate and step: the same map."""
     _same(mapped(case), in_parts(*built(case)))
@@ -389,7 +391,7 @@ def test_a_cell_couples_what_its_parts_do(kind: type[nn.RNNCellBase], bias: bool
     op = {nn.LSTMCell: "lstm_cell", nn.GRUCell: "gru_cell"}.get(kind, "rnn_tanh_cell")
     args = (x, [state, torch.empty_like(state)] if lstm else state, *cell.parameters())
     results = getattr(torch.ops.aten, op)(*args)
-    axes = map_axes(Once(kind, bias), (steps()[0][0],))
+    axes = in_parts(Once(kind, bias), (steps()[0][0],))
     named = dict(cell.named_parameters())
     _check(f"{op}.default", named, args, list(results) if lstm else [results], state, axes)
 

@@ -62,6 +62,7 @@ TABLE = [
     ),
     Counted("lstm", nn.LSTM(4, 6, batch_first=True), (torch.ones(2, 5, 4),), 288, 5 * 24 * 10),
     Counted("gru", nn.GRU(4, 6, batch_first=True), (torch.ones(2, 5, 4),), 216, 5 * 18 * 10),
+    Counted("gru cell", nn.GRUCell(4, 6), (torch.ones(2, 4),), 216, 18 * 10),
     Counted(
         "two-layer lstm, both ways",
         nn.LSTM(4, 6, num_layers=2, bidirectional=True),

@@ -1,4 +1,4 @@
-"""Recurrent networks as the one call that they are, rather than step by step.
+"""Recurrent networks and cells as the one call that they are, rather than gate by gate.
 
 torch takes most of them apart into a dozen operators for each layer and step before an operator
 is seen, and which ones depends on device, dtype and options.
@@ -7,6 +7,7 @@ is seen, and which ones depends on device, dtype and options.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _NETWORKS = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+_CELLS = frozenset({torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell})
 
 
 class Whole(TorchFunctionMode):
-    """Hands each recurrent network to ``record``, with a function that runs it.
+    """Hands each recurrent network and cell to ``record``, with a function that runs it.
 
     Args:
         record: called with operator, overload, arguments and that function; returns its result.
@@ -31,15 +33,16 @@ class Whole(TorchFunctionMode):
         self._record, self._fake = record, fake
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _NETWORKS or kwargs:
-            return func(*args, **(kwargs or {}))
-        packed = isinstance(args[3], (tuple, list))  # data, sizes and states, then the weights
-        overload = "data" if packed else "input"
-        if self._fake and not packed:
-            return self._record(
-                f"aten.{func.__name__}", overload, args, lambda: _one_step(func, *args)
-            )
-        return self._record(f"aten.{func.__name__}", overload, args, lambda: func(*args))
+        kwargs = kwargs or {}
+        if func not in _NETWORKS | _CELLS or kwargs:
+            return func(*args, **kwargs)
+        op, overload, one_step = f"aten.{func.__name__}", "default", False
+        if func in _NETWORKS:
+            packed = isinstance(args[3], (tuple, list))  # data, sizes and states, then weights
+            overload = "data" if packed else "input"
+            one_step = self._fake and not packed
+        run = partial(_one_step, func) if one_step else func
+        return self._record(op, overload, args, lambda: run(*args))
 
 
 def _one_step(network: Callable[..., Any], x: Tensor, *rest: Any) -> Any:

@@ -57,6 +57,11 @@ def _recurrent(call: Call) -> int:
     return 2 * prod(x.shape[:-1]) * sum(prod(ref.shape) for ref in rest if len(ref.shape) == 2)
 
 
+def _recurrent_cell(call: Call) -> int:
+    x, _, of_input, of_state = call.args[:4]
+    return 2 * prod(x.shape[:-1]) * (prod(of_input.shape) + prod(of_state.shape))
+
+
 _ATTENTION = (
     "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_flash_attention",
@@ -65,10 +70,12 @@ _ATTENTION = (
     "aten._scaled_dot_product_attention_math",
     "aten.scaled_dot_product_attention",
 )
+_CELLS = ("aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell", "aten.rnn_relu_cell")
 _FORMULAS: dict[str, Callable[[Call], int]] = {
     **dict.fromkeys(("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"), _matrix_product),
     **dict.fromkeys(_ATTENTION, _attention),
     **dict.fromkeys(("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu"), _recurrent),
+    **dict.fromkeys(_CELLS, _recurrent_cell),
     "aten.linear": _linear,
     "aten.convolution": _convolution,
 }
