@@ -166,7 +166,9 @@ def claim(call: RealCall, rule: Rule | None = None) -> Claim:
     refs = [TensorRef(-1 - n, tuple(t.shape), t.dtype) for n, t in enumerate(call.tensors)]
     by_id = {id(tensor): ref for tensor, ref in zip(call.tensors, refs, strict=True)}
     made = tuple(
-        refs[place] if place is not None else TensorRef(-1001 - n, tuple(out.shape), out.dtype)
+        refs[place]
+        if place is not None and refs[place].shape == tuple(out.shape)
+        else TensorRef(-1001 - n, tuple(out.shape), out.dtype)
         for n, (out, place) in enumerate(zip(outputs, same, strict=True))
     )
     draft = Draft()
@@ -197,6 +199,8 @@ def claim(call: RealCall, rule: Rule | None = None) -> Claim:
 def complaints(call: RealCall, rule: Rule | None = None) -> Iterator[str]:
     """What the operator does that its rule says it does not."""
     said = claim(call, rule)
+    if "empty" in call.op:
+        return  # no values yet
     mixed = said.mixed()
     for atom in said.atoms():
         if not _is_twice_in_one(said, atom):
@@ -221,26 +225,28 @@ def _is_twice_in_one(said: Claim, atom: Axis) -> bool:
 
 
 def _order_matters(call: RealCall, said: Claim, atom: Axis) -> Iterator[str]:
-    if torch.Tag.nondeterministic_seeded in call.func.tags or "empty" in call.op:
+    if torch.Tag.nondeterministic_seeded in call.func.tags:
         return  # each position draws its own number
-    rng = np.random.default_rng(0)
-    order = np.roll(rng.permutation(atom.size), 1)
+    before, _ = call.run(call.tensors)
+    moved = [_permuted(t, d, atom) for t, d in zip(call.tensors, said.inputs, strict=True)]
+    after, _ = call.run(moved)
+    for number, (old, new, dims) in enumerate(zip(before, after, said.outputs, strict=True)):
+        if number in said.numbering(atom):
+            continue
+        if not _alike(_permuted(old, dims, atom), new):
+            yield f"{call.op}: the order of an axis of {atom.size} matters to output {number}"
+
+
+def _permuted(tensor: Tensor, dims: Dims, atom: Axis) -> Tensor:
+    """The tensor with the positions of one axis in another order, memory laid out as before."""
+    order = np.roll(np.random.default_rng(0).permutation(atom.size), 1)
     if (order == np.arange(atom.size)).all():
         order = order[::-1].copy()
-
-    def permuted(tensor: Tensor, dims: Dims) -> Tensor:
-        result = tensor
-        for place, axis in enumerate(dims):
-            index = source_index(frozen(axis), {str(atom.serial): order})
-            result = result.index_select(place, torch.from_numpy(index))
-        return tensor.clone().copy_(result)
-
-    before, _ = call.run(call.tensors)
-    values = [permuted(t, dims) for t, dims in zip(call.tensors, said.inputs, strict=True)]
-    after, _ = call.run(values)
-    for number, (old, new, dims) in enumerate(zip(before, after, said.outputs, strict=True)):
-        if number not in said.numbering(atom) and not _alike(permuted(old, dims), new):
-            yield f"{call.op}: the order of an axis of {atom.size} matters to output {number}"
+    result = tensor
+    for place, axis in enumerate(dims):
+        index = source_index(frozen(axis), {str(atom.serial): order})
+        result = result.index_select(place, torch.from_numpy(index))
+    return tensor.clone().copy_(result)
 
 
 def _others_change(call: RealCall, said: Claim, atom: Axis) -> Iterator[str]:
@@ -254,8 +260,12 @@ def _others_change(call: RealCall, said: Claim, atom: Axis) -> Iterator[str]:
                 for place, axis in enumerate(dims)
             )
             on = _on_unit(dims, atom, unit, tensor)
-            quiet.append(torch.where(on, torch.zeros_like(tensor), tensor) if reads else tensor)
-            other.append(quiet[-1] if reads else torch.where(on, _noise(tensor), tensor))
+            if reads:
+                quiet.append(torch.where(on, torch.zeros_like(tensor), tensor))
+                other.append(quiet[-1])
+            else:
+                quiet.append(tensor)
+                other.append(torch.where(on, _other_values(tensor, dims, atom), tensor))
         before, _ = call.run(quiet)
         after, _ = call.run(other)
         for number, (old, new, dims) in enumerate(zip(before, after, said.outputs, strict=True)):
@@ -263,6 +273,15 @@ def _others_change(call: RealCall, said: Claim, atom: Axis) -> Iterator[str]:
             if not _alike(old.masked_fill(on, 0), new.masked_fill(on, 0)):
                 yield f"{call.op}: position {unit} of {atom.size} reaches others of output {number}"
                 return
+
+
+def _other_values(tensor: Tensor, dims: Dims, atom: Axis) -> Tensor:
+    """For each position the values of the next one: other values that the operator can take."""
+    result = tensor
+    for place, axis in enumerate(dims):
+        index = source_index(frozen(axis), {str(atom.serial): np.roll(np.arange(atom.size), -1)})
+        result = result.index_select(place, torch.from_numpy(index))
+    return result
 
 
 def _on_unit(dims: Dims, atom: Axis, unit: int, tensor: Tensor) -> Tensor:
@@ -275,17 +294,7 @@ def _on_unit(dims: Dims, atom: Axis, unit: int, tensor: Tensor) -> Tensor:
     return on
 
 
-def _noise(tensor: Tensor) -> Tensor:
-    """Other values of the same kind: the tensor's own, shuffled; numbers shrunk by up to half."""
-    generator = torch.Generator().manual_seed(1)
-    order = torch.randperm(tensor.numel(), generator=generator)
-    shuffled = tensor.reshape(-1)[order].reshape(tensor.shape)
-    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
-        return shuffled
-    return shuffled * (0.5 + 0.5 * torch.rand(tensor.shape, generator=generator))
-
-
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(
-        a.to_dense() if a.is_sparse else a, b, rtol=1e-7, atol=1e-9, equal_nan=True
-    )
+    single = a.dtype in (torch.float32, torch.complex64)
+    rtol, atol = (1e-4, 1e-5) if single else (1e-7, 1e-9)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)

@@ -2,90 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-
-class Between(nn.Module):
-    """A function between two layers, so that the width of the first flows through it."""
-
-    def __init__(self, first: nn.Module, op: Callable[..., Tensor], last: nn.Module) -> None:
-        super().__init__()
-        self.first, self.op, self.last = first, op, last
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.op(self.first(x)))
-
-
-class Weighted(nn.Module):
-    """A function of the input and of bare parameters of given shapes."""
-
-    def __init__(self, op: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.op = op
-        self.weights = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x, *self.weights)
-
-
-class Heads(nn.Module):
-    """Attention by hand: one fused projection, heads as an attribute."""
-
-    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.heads, self.attend = 3, attend
-        self.qkv, self.out = nn.Linear(5, 3 * 3 * 4), nn.Linear(12, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        q, k, v = (
-            part.view(batch, tokens, self.heads, -1).transpose(1, 2)
-            for part in self.qkv(x).chunk(3, -1)
-        )
-        return self.out(self.attend(q, k, v).transpose(1, 2).reshape(batch, tokens, -1))
-
-
-def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5, -1) @ v
-
-
-@dataclass(frozen=True)
-class Row:
-    """A tiny model around an operator.
-
-    ``widths``: the sizes of all widths that must be found; ``pinned``: a text that the reason
-    of some pin must have (before the place in brackets, which quotes the row itself).
-    """
-
-    name: str
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    widths: tuple[int, ...]
-    pinned: str = "contract with its caller"
-
-
-def vector(op: Callable[..., Tensor], width: int = 6, after: int | None = None) -> Any:
-    """(4, 5) -> width -> the operator -> 3 outputs."""
-    return lambda: Between(nn.Linear(5, width), op, nn.Linear(after or width, 3))
-
-
-def image(op: Callable[..., Tensor], width: int = 6, after: int | None = None) -> Any:
-    """(2, 3, 8, 8) -> width channels -> the operator -> 3 channels."""
-    return lambda: Between(nn.Conv2d(3, width, 1), op, nn.Conv2d(after or width, 3, 1))
-
-
-def conv(*layers: nn.Module) -> Any:
-    return lambda: nn.Sequential(*layers)
-
-
-VECTOR, TOKENS, IMAGE = (4, 5), (4, 7, 5), (2, 3, 8, 8)
-FLAT = torch.tensor([2, 0, 1, 5])
+from tests.couple.operators_index import INDEX_ROWS
+from tests.couple.operators_whole import WHOLE_ROWS
+from tests.couple.tiny import (
+    FLAT,
+    IMAGE,
+    TOKENS,
+    VECTOR,
+    Between,
+    Heads,
+    Row,
+    Weighted,
+    by_hand,
+    conv,
+    image,
+    vector,
+)
 
 ROWS = (
     Row("mm", lambda: Weighted(lambda x, a, b: x @ a @ b, (5, 6), (6, 3)), VECTOR, (6,)),
@@ -224,7 +160,14 @@ ROWS = (
         VECTOR,
         (3,),
     ),
-    Row("every second", vector(lambda x: x[:, ::2], 6, 3), VECTOR, (), "every n-th position taken"),
+    Row("every second", vector(lambda x: x[:, ::2], 6, 3), VECTOR, (3,), "every n-th position"),
+    Row(
+        "every second of a part",
+        vector(lambda x: x[:, 1:5:2], 6, 2),
+        VECTOR,
+        (),
+        "every n-th position taken",
+    ),
     Row(
         "split in parts",
         vector(lambda x: torch.cat(x.split([2, 4], 1)[::-1], 1)),
@@ -296,4 +239,6 @@ ROWS = (
     ),
     Row("create", vector(lambda x: x + torch.ones(x.shape[-1])), VECTOR, (6,)),
     Row("constant table", vector(lambda x: x + torch.arange(6.0)), VECTOR, (), ""),
+    *INDEX_ROWS,
+    *WHOLE_ROWS,
 )

@@ -28,6 +28,8 @@ def attention(site: Site) -> list[Dims]:
             _pair(site, query, other, place)
     tokens, keys = site.axis(query, -2), site.same(site.axis(key, -2), site.axis(value, -2))
     inner = site.same(site.axis(query, -1), site.axis(key, -1))
+    if "flash" in site.call.op and query.shape[-1] == value.shape[-1]:
+        site.same(inner, site.axis(value, -1))  # else this kernel could not be used any more
     scale = "free" if site.setting("scale") is not None else "inverse_sqrt"
     site.mix(inner, "dot", left=site.labels(query)[-1], right=site.labels(key)[-1], scale=scale)
     site.mix(keys, "softmax")

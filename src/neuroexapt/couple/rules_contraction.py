@@ -106,7 +106,9 @@ def mv(site: Site) -> list[Dims]:
     """(m, k) x (k) -> (m)."""
     *bias, matrix, vector = site.call.inputs
     inner = site.same(site.axis(matrix, -1), site.axis(vector, -1))
-    if site.is_parameter(matrix):
+    if site.is_weight(matrix) and site.is_weight(vector):
+        site.mix(inner, "sum")  # a number about the weights, as a step of the power method is
+    elif site.is_parameter(matrix):
         site.contract(matrix, [-1])
     elif site.is_parameter(vector):
         site.contract(vector, [-1])

@@ -30,7 +30,7 @@ def create(site: Site) -> list[Dims]:
     return [tuple(site.free(n) for n in ref.shape) for ref in site.call.outputs]
 
 
-@rule("aten.normal", "aten.binomial", "aten.poisson")
+@rule("aten.normal")
 def draw(site: Site) -> list[Dims]:
     """Random numbers around given means, position by position, or from numbers alone."""
     if site.call.inputs:

@@ -138,12 +138,10 @@ class _Slots:
     def numbers(self) -> list[TensorRef]:
         return [ref for ref in self.indices if ref.dtype not in _MASKS]
 
-    def sizes(self, x: TensorRef, hits: int) -> tuple[int, ...]:
-        """The shape of the result, where a mask has so many hits."""
+    def made(self, hits: int) -> tuple[int, ...]:
+        """The sizes that the index tensors make, where a mask has so many hits."""
         counted = [(hits,)] if self.masks else []
-        made = torch.broadcast_shapes(*counted, *(ref.shape for ref in self.numbers))
-        passing = [x.shape[dim] for dim in self.passing]
-        return (*passing[: self.front], *made, *passing[self.front :])
+        return tuple(torch.broadcast_shapes(*counted, *(ref.shape for ref in self.numbers)))
 
 
 def _slots(x: TensorRef, indices: Sequence[TensorRef | None]) -> _Slots:
@@ -172,13 +170,12 @@ def _axes(site: Site, x: TensorRef, slots: _Slots, hits: int) -> Dims:
     for mask in slots.masks:
         for axis in site.dims(mask):
             site.pin(axis, "a mask by position")
-    sizes = torch.broadcast_shapes(*(ref.shape for ref in slots.numbers))
-    made = broadcast(site, slots.numbers, sizes)
+    for table in filter(site.is_weight, slots.numbers):
+        for axis in site.dims(table):
+            site.pin(axis, "a table of numbers")
+    made = broadcast(site, slots.numbers, slots.made(hits))
     if slots.masks:
-        counted = site.chosen(hits)
-        for axis in made[-1:]:
-            site.same(axis, counted)
-        made = made or (counted,)
+        site.mix(made[-1], "choice")
     axes = [site.axis(x, dim) for dim in slots.passing]
     return (*axes[: slots.front], *made, *axes[slots.front :])
 
@@ -188,7 +185,7 @@ def index(site: Site) -> list[Dims]:
     """Advanced indexing: indexed dimensions are read by number, the others pass."""
     x, indices = site.call.args[:2]
     slots, out = _slots(x, indices), site.call.outputs[0]
-    dims = _axes(site, x, slots, _hits(slots, x, out))
+    dims = _axes(site, x, slots, _hits(slots, out))
     made = len(dims) - len(slots.passing)
     labels = [site.labels(x)[dim] for dim in slots.passing]
     labels[slots.front : slots.front] = [frozenset()] * made
@@ -196,9 +193,9 @@ def index(site: Site) -> list[Dims]:
     return [dims]
 
 
-def _hits(slots: _Slots, x: TensorRef, shaped: TensorRef) -> int:
+def _hits(slots: _Slots, shaped: TensorRef) -> int:
     """How many hits a mask had, from the shape of what was read or written."""
-    rank = len(slots.sizes(x, 1))
+    rank = len(slots.made(1)) + len(slots.passing)
     after = len(slots.passing) - slots.front
     if not slots.masks or len(shaped.shape) < after + 1 or len(shaped.shape) > rank:
         return 1
@@ -210,12 +207,16 @@ def index_put(site: Site) -> list[Dims]:
     """``x[indices] = values``: written by number; the other dimensions go with x's."""
     x, indices, values = site.call.args[:3]
     slots = _slots(x, indices)
-    hits = _hits(slots, x, values)
+    if _fills(slots, values):
+        return [_filled(site, x, slots.masks[0], values)]
+    hits = _hits(slots, values)
     dims = _axes(site, x, slots, hits)
     passing = {site.axis(x, dim) for dim in slots.passing}
     for axis in dims:
         if axis not in passing:
-            site.mix(axis, "scatter")
+            site.mix(axis, "scatter")  # what is written twice has no defined value
+            if slots.masks:
+                site.pin(axis, "the hits of a mask, in order")
     for place in range(-len(values.shape), 0):
         if values.shape[place] == dims[place].size:
             site.same(site.axis(values, place), dims[place])
@@ -223,6 +224,20 @@ def index_put(site: Site) -> list[Dims]:
             site.pin(site.axis(values, place), "a single position broadcast over many")
     site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)]
+
+
+def _fills(slots: _Slots, values: TensorRef) -> bool:
+    """Whether one value, or one row for all hits, is written to a mask of the first dimensions."""
+    alone = len(slots.indices) == len(slots.masks) == 1 and slots.front == 0
+    rank = len(slots.passing)
+    return alone and (len(values.shape) <= rank or values.shape[-1 - rank] == 1)
+
+
+def _filled(site: Site, x: TensorRef, mask: TensorRef, values: TensorRef) -> Dims:
+    for place, axis in enumerate(site.dims(mask)):
+        site.same(axis, site.axis(x, place))
+    site.set_labels(site.call.outputs[0], site.labels(x))
+    return broadcast(site, [x, values], x.shape)
 
 
 @rule("aten.take", "aten.put", "aten.put_", "aten.masked_select", "aten.segment_reduce")

@@ -22,7 +22,6 @@ from neuroexapt.couple.site import Dims, Site, rule
     "aten.linalg_inv_ex",
     "aten.linalg_ldl_factor_ex",
     "aten.linalg_ldl_solve",
-    "aten.linalg_lstsq",
     "aten.linalg_lu",
     "aten.linalg_lu_factor_ex",
     "aten.linalg_lu_solve",
@@ -37,6 +36,8 @@ def whole_matrices(site: Site) -> list[Dims]:
     matrix = site.call.inputs[0]
     why = f"{site.call.op.removeprefix('aten.')} works on the whole matrix"
     batch = len(matrix.shape) - 2
+    if ".parametrizations." in site.call.module:
+        _hold_constraint(site, why)
     for ref in site.call.inputs:
         for axis in site.dims(ref)[min(batch, len(ref.shape)) :]:
             site.pin(axis, why)
@@ -49,6 +50,14 @@ def whole_matrices(site: Site) -> list[Dims]:
         )
         for ref in site.call.outputs
     ]
+
+
+def _hold_constraint(site: Site, why: str) -> None:
+    """A constraint on a whole weight (orthogonality) would not survive without a row of it."""
+    for name, dims in site.draft.parameters.items():
+        if name.startswith(f"{site.call.module}."):
+            for axis in dims:
+                site.pin(axis, why)
 
 
 @rule("aten.linalg_cross")

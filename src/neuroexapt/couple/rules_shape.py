@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from neuroexapt.capture import TensorRef, refs_in
+from neuroexapt.capture import refs_in
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
 from neuroexapt.couple.site import Dims, Label, Site, rule
 
 Origin = frozenset[Label]
-EQUAL_PARTS = (2, 3, 4)  # a slice that is one of so few equal parts is taken as such
 
 
 @rule(
@@ -30,19 +28,14 @@ EQUAL_PARTS = (2, 3, 4)  # a slice that is one of so few equal parts is taken as
 def view(site: Site) -> list[Dims]:
     """Row-major regrouping: ``(B, 12, H)`` seen as ``(B, 3, 4*H)`` makes 12 = 3*4."""
     x, out = site.call.inputs[0], site.call.outputs[0]
-    lead, rest = _unchanged(x.shape, out.shape)
-    inside = slice(lead, len(x.shape) - rest)
     entering = list(zip(site.dims(x), site.labels(x), strict=True))
-    if 1 in (*x.shape[inside], *out.shape[lead : len(out.shape) - rest]):
+    blocks = list(_blocks(x.shape, out.shape))
+    if any(
+        1 in (*x.shape[old], *out.shape[new]) and x.shape[old] != out.shape[new]
+        for old, new in blocks
+    ):
         _pin_singles(site, entering)
-    try:
-        groups = _regroup(site, entering[inside], out.shape[lead : len(out.shape) - rest])
-    except algebra.Mismatch as mismatch:
-        for axis, _ in entering[inside]:
-            site.pin(axis, f"seen with another shape: {mismatch}")
-        sizes = out.shape[lead : len(out.shape) - rest]
-        groups = [(site.fixed(n, "seen with another shape"), frozenset()) for n in sizes]
-    groups = [*entering[:lead], *groups, *entering[inside.stop :]]
+    groups = [pair for old, new in blocks for pair in _seen(site, entering[old], out.shape[new])]
     site.set_labels(out, [origin for _, origin in groups])
     dims = tuple(axis for axis, _ in groups)
     if isinstance(site.fields.get("dim"), int):  # nn.Unflatten
@@ -52,6 +45,21 @@ def view(site: Site) -> list[Dims]:
     return [dims]
 
 
+def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Cut two shapes into the shortest runs of dimensions that hold equally many positions."""
+    old = new = 0
+    while old < len(before) and new < len(after):
+        start, left, right = (old, new), before[old], after[new]
+        old, new = old + 1, new + 1
+        while left != right:
+            if left < right:
+                left, old = left * before[old], old + 1
+            else:
+                right, new = right * after[new], new + 1
+        yield slice(start[0], old), slice(start[1], new)
+    yield slice(old, len(before)), slice(new, len(after))  # nothing, or sizes of 1
+
+
 def _pin_singles(site: Site, entering: Sequence[tuple[Axis, Origin]]) -> None:
     """Beside a dimension of size 1 that comes or goes, which one it is cannot be told."""
     for axis, _ in entering:
@@ -59,13 +67,17 @@ def _pin_singles(site: Site, entering: Sequence[tuple[Axis, Origin]]) -> None:
             site.pin(axis, "a single position that a view drops or adds")
 
 
-def _unchanged(before: Sequence[int], after: Sequence[int]) -> tuple[int, int]:
-    """How many dimensions at the front and at the back stay as they are."""
-    shorter = min(len(before), len(after))
-    lead = next((i for i in range(shorter) if before[i] != after[i]), shorter)
-    left = shorter - lead
-    rest = next((i for i in range(left) if before[-1 - i] != after[-1 - i]), left)
-    return lead, rest
+def _seen(
+    site: Site, entering: Sequence[tuple[Axis, Origin]], sizes: Sequence[int]
+) -> Sequence[tuple[Axis, Origin]]:
+    if tuple(axis.size for axis, _ in entering) == tuple(sizes):
+        return entering
+    try:
+        return _regroup(site, entering, sizes)
+    except algebra.Mismatch as mismatch:
+        for axis, _ in entering:
+            site.pin(axis, f"seen with another shape: {mismatch}")
+        return [(site.fixed(n, "seen with another shape"), frozenset()) for n in sizes]
 
 
 def _regroup(
@@ -121,8 +133,10 @@ def transpose(site: Site) -> list[Dims]:
 
 @rule("aten.t", "aten.t_", "aten.t_copy", "aten.numpy_T", "aten.mT")
 def t(site: Site) -> list[Dims]:
-    """A matrix transposed."""
-    return [_reordered(site, list(reversed(range(len(site.call.inputs[0].shape)))))]
+    """A matrix, or each matrix of a batch (``mT``), transposed."""
+    rank = len(site.call.inputs[0].shape)
+    batch = rank - 2 if site.call.op == "aten.mT" else 0
+    return [_reordered(site, [*range(batch), *reversed(range(batch, rank))])]
 
 
 def _reordered(site: Site, order: Sequence[int]) -> Dims:
@@ -194,149 +208,12 @@ def stack(site: Site) -> list[Dims]:
     return [tuple(dims)]
 
 
-def picked(labels: Sequence[Origin], axis: Axis, start: int, stop: int) -> list[Origin]:
-    """The labels narrowed to positions start..stop of an axis."""
-    pick = (axis, start, stop)
-    return [
-        frozenset(Label(label.name, label.dim, (*label.picks, pick)) for label in origin)
-        for origin in labels
-    ]
-
-
-@rule("aten.select", "aten.select_copy")
-def select(site: Site) -> list[Dims]:
-    """One position of a dimension, by number: that dimension keeps its positions."""
-    x, dim, index = site.call.args[:3]
-    dim %= len(x.shape)
-    _set_selected(site, x, dim, index % x.shape[dim], site.call.outputs[0])
-    return [tuple(a for place, a in enumerate(site.dims(x)) if place != dim)]
-
-
-@rule("aten.unbind", "aten.unbind_copy")
-def unbind(site: Site) -> list[Dims]:
-    """Every position of a dimension, each as a tensor."""
-    x = site.call.args[0]
-    dim = int(site.arg(1, "dim", 0)) % len(x.shape)
-    for index, out in enumerate(site.call.outputs):
-        _set_selected(site, x, dim, index, out)
-    return [tuple(a for place, a in enumerate(site.dims(x)) if place != dim)] * x.shape[dim]
-
-
-def _set_selected(site: Site, x: TensorRef, dim: int, index: int, out: TensorRef) -> None:
-    axis = site.axis(x, dim)
-    site.pin(axis, "a position taken by number")
-    labels = picked(site.labels(x), axis, index, index + 1)
-    site.set_labels(out, [label for place, label in enumerate(labels) if place != dim])
-
-
-@rule("aten.slice", "aten.slice_copy", "aten.narrow")
-def slice_(site: Site) -> list[Dims]:
-    """Positions start..stop of a dimension: a cut at both ends."""
-    x, out = site.call.args[0], site.call.outputs[0]
-    dim = int(site.arg(1, "dim", 0)) % len(x.shape)
-    size = x.shape[dim]
-    if site.call.op == "aten.narrow":
-        start, stop, step = site.call.args[2], site.call.args[2] + site.call.args[3], 1
-    else:
-        start, stop, step = slice(
-            site.arg(2, "start"), _stop(site), site.arg(4, "step", 1)
-        ).indices(size)
-    if (start, stop, step) == (0, size, 1):
-        site.set_labels(out, site.labels(x))
-        return [site.dims(x)]
-    if step != 1:
-        site.pin(site.axis(x, dim), "every n-th position taken")
-        return [_replaced(site, x, dim, site.fixed(out.shape[dim], "every n-th position"))]
-    return [_part(site, x, dim, start, stop, out)]
-
-
-def _stop(site: Site) -> Any:
-    return site.arg(3, "end")
-
-
-def _replaced(site: Site, x: TensorRef, dim: int, axis: Axis) -> Dims:
-    dims = list(site.dims(x))
-    dims[dim] = axis
-    return tuple(dims)
-
-
-def _part(site: Site, x: TensorRef, dim: int, start: int, stop: int, out: TensorRef) -> Dims:
-    """One segment of a dimension; equal parts share their positions."""
-    axis, size = site.axis(x, dim), stop - start
-    count = axis.size // size if size and axis.size % size == 0 else 0
-    if count in EQUAL_PARTS and start % size == 0:
-        try:
-            outer, inner = algebra.split(axis, count)
-        except algebra.Mismatch:
-            pass  # segments of unlike sizes inside: cut by position below
-        else:
-            site.pin(outer, "a number of equal parts")
-            site.set_labels(out, picked(site.labels(x), outer, start // size, start // size + 1))
-            return _replaced(site, x, dim, inner)
-    return _segment(site, x, dim, start, stop, out)
-
-
-def _segment(site: Site, x: TensorRef, dim: int, start: int, stop: int, out: TensorRef) -> Dims:
-    axis = site.axis(x, dim)
-    try:
-        pieces = algebra.cut(axis, [start, stop])
-    except algebra.Mismatch as mismatch:
-        site.pin(axis, f"cut inside: {mismatch}")
-        return _replaced(site, x, dim, site.fixed(stop - start, "cut inside"))
-    inside, position = [], 0
-    for piece in pieces:
-        if start <= position < stop:
-            inside.append(piece)
-        position += piece.size
-    labels = list(site.labels(x))
-    labels[dim] = picked([labels[dim]], axis, start, stop)[0]
-    site.set_labels(out, labels)
-    return _replaced(site, x, dim, algebra.concat(inside))
-
-
-@rule(
-    "aten.split",
-    "aten.split_with_sizes",
-    "aten.chunk",
-    "aten.unsafe_split",
-    "aten.tensor_split",
-    "aten.split_copy",
-    "aten.split_with_sizes_copy",
-    "aten.unsafe_chunk",
-)
-def split(site: Site) -> list[Dims]:
-    """Consecutive segments; segments of one size are taken to be of one size for ever."""
-    x = site.call.args[0]
-    dim = int(site.arg(2, "dim", 0)) % len(x.shape)
-    start, result = 0, []
-    for out in site.call.outputs:
-        stop = start + out.shape[dim]
-        if len(site.call.outputs) > 1 and len({o.shape[dim] for o in site.call.outputs}) == 1:
-            result.append(_equal_part(site, x, dim, start, stop, out))
-        elif len(site.call.outputs) == 1:
-            site.set_labels(out, site.labels(x))
-            result.append(site.dims(x))
-        else:
-            result.append(_segment(site, x, dim, start, stop, out))
-        start = stop
-    return result
-
-
-def _equal_part(site: Site, x: TensorRef, dim: int, start: int, stop: int, out: TensorRef) -> Dims:
-    axis, size = site.axis(x, dim), stop - start
-    try:
-        outer, inner = algebra.split(axis, axis.size // size)
-    except algebra.Mismatch:
-        return _segment(site, x, dim, start, stop, out)
-    site.pin(outer, "a number of equal parts")
-    site.set_labels(out, picked(site.labels(x), outer, start // size, stop // size))
-    return _replaced(site, x, dim, inner)
-
-
 @rule("aten.constant_pad_nd", "aten.pad")
 def pad(site: Site) -> list[Dims]:
     """New positions before and after; a negative amount cuts."""
     x, amounts = site.call.args[:2]
+    if site.setting("mode", "constant") != "constant":
+        raise ValueError("padding by values of the tensor itself")
     dims = list(site.dims(x))
     for pair in range(len(amounts) // 2):
         before, after = amounts[2 * pair], amounts[2 * pair + 1]

@@ -95,9 +95,18 @@ def overlap(site: Site) -> list[Dims]:
     return [tuple(dims)]
 
 
-@rule("aten.as_strided", "aten.as_strided_copy")
+@rule("aten.as_strided", "aten.as_strided_", "aten.as_strided_copy")
 def as_strided(site: Site) -> list[Dims]:
-    """A view by strides in memory: any position may land anywhere."""
+    """A view by strides in memory: any position may land anywhere.
+
+    Adaptive pooling to one position uses it to restore a channels-last layout: (N, C, 1, 1)
+    with strides (C, 1, C, C), which moves nothing.
+    """
+    x, shape, strides = site.call.args[:3]
+    channels = x.shape[1] if len(x.shape) > 1 else 0
+    if tuple(shape) == x.shape and tuple(strides) == (channels, 1, channels, channels):
+        site.set_labels(site.call.outputs[0], site.labels(x))
+        return [site.dims(x)]
     for axis in site.dims(site.call.inputs[0]):
         site.pin(axis, "seen by strides in memory")
     return [tuple(site.fixed(n, "seen by strides in memory") for n in site.call.outputs[0].shape)]
