@@ -7,7 +7,7 @@ from math import prod
 
 from torch.utils.flop_counter import conv_flop_count
 
-from neuroexapt.capture import Call, Trace
+from neuroexapt.capture import Call, TensorRef, Trace
 
 
 def flops_of(trace: Trace) -> int:
@@ -58,8 +58,8 @@ def _recurrent(call: Call) -> int:
 
 
 def _recurrent_cell(call: Call) -> int:
-    x, _, of_input, of_state = call.args[:4]
-    return 2 * prod(x.shape[:-1]) * (prod(of_input.shape) + prod(of_state.shape))
+    matrices: tuple[TensorRef, ...] = call.args[2:4]
+    return 2 * prod(call.inputs[0].shape[:-1]) * sum(prod(ref.shape) for ref in matrices)
 
 
 _ATTENTION = (
