@@ -202,7 +202,8 @@ def _fill_beside_norms(width: Width, place: Appearance, kinds: set[str]) -> str:
     if place.tensor in biases:
         return _shift_fill(width)
     made = {maker for m in width.mixers if m.kind in _NORMS for maker in m.makers}
-    if place.roles == {"consumer"} and place.reads <= made:
+    streams = {read for read in place.reads if read[0] not in weights | biases}
+    if place.roles == {"consumer"} and streams <= made:
         return _reader_fill(width)
     # Tied to the normalised axis in size only (the heads behind it, say): no need for a centre.
     return centre if (place.tensor, place.dim) in made else _plain_fill(place)
