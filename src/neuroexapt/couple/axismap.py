@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from neuroexapt.capture import Trace
 from neuroexapt.couple.index import Expr, leaves
@@ -23,12 +23,14 @@ class Appearance:
             ``"elementwise"`` (norm scales, biases, running statistics, gates); a tied embedding
             produces and consumes.
         fill: what a new entry of an elementwise tensor holds: ``"zero"``, ``"one"``, ``"mean"``.
+        reads: for a consumer, the parameter dimensions (name, dim) that made what it reads.
     """
 
     tensor: str
     dim: int
     roles: frozenset[str]
     fill: str
+    reads: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def role(self) -> str:
@@ -135,6 +137,7 @@ class AxisMap:
         traces: the runs the map was made from.
         parameters: names of the parameters among ``tensors``, in the model's order.
         notes: what a reader should know (a run that did not go through, say).
+        offsets: numbers that the forward adds to a parameter before use (a norm's ``1 + weight``).
 
     Example:
         >>> import torch
@@ -155,6 +158,7 @@ class AxisMap:
     traces: tuple[Trace, ...]
     parameters: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    offsets: Mapping[str, float] = field(default_factory=dict)
 
     def find(self, at: str) -> tuple[Width, ...]:
         """The widths a place means: a width's name, a module path, or a glob over both.

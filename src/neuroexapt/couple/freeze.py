@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from neuroexapt.capture import TensorRef, Trace
@@ -24,6 +24,7 @@ from neuroexapt.couple.site import Bind, Dims, Draft, Label, Mark, Mix
 # Attributes that repeat a whole channel count say nothing that ".out" does not.
 _PLAIN = {"in_channels", "out_channels", "in_features", "out_features", "num_features"} | {
     "embedding_dim",
+    "input_size",
     "num_channels",
 }
 _RANK = {"producer": 0, "elementwise": 1, "consumer": 2}
@@ -56,7 +57,7 @@ def freeze(
     draft: Draft, traces: tuple[Trace, ...], parameters: tuple[str, ...], notes: tuple[str, ...]
 ) -> AxisMap:
     """Name every atom of every parameter and write the map down."""
-    _pin_unused(draft, traces)
+    _pin_unused(draft, traces, parameters)
     appearances = _appearances(draft)
     _pin_idle(appearances)
     _pin_squares(draft)
@@ -82,7 +83,23 @@ def freeze(
         traces=traces,
         parameters=parameters,
         notes=notes,
+        offsets=_offsets(traces),
     )
+
+
+def _offsets(traces: Iterable[Trace]) -> dict[str, float]:
+    """Numbers that the forward adds to a parameter before it uses it."""
+    found: dict[str, float] = {}
+    for trace in traces:
+        names: dict[TensorRef, list[str]] = {}
+        for name, ref in trace.tensors.items():
+            names.setdefault(ref, []).append(name)
+        for call in trace.calls:
+            if call.op == "aten._to_copy" and call.inputs[0] in names:
+                names[call.outputs[0]] = names[call.inputs[0]]
+            elif call.op == "aten.add" and isinstance(call.args[1], (int, float)):
+                found.update((name, float(call.args[1])) for name in names.get(call.inputs[0], ()))
+    return found
 
 
 def _distinct(binds: Iterable[Bind]) -> list[Bind]:
@@ -90,12 +107,14 @@ def _distinct(binds: Iterable[Bind]) -> list[Bind]:
     return list({(bind.module, bind.attribute): bind for bind in reversed(list(binds))}.values())
 
 
-def _pin_unused(draft: Draft, traces: Iterable[Trace]) -> None:
+def _pin_unused(draft: Draft, traces: Iterable[Trace], parameters: Sequence[str]) -> None:
     used = {ref for trace in traces for call in trace.calls for ref in call.inputs}
     for name, dims in draft.parameters.items():
-        if not any(trace.tensors[name] in used for trace in traces):
-            for axis in dims:
-                algebra.pin(axis, f"'{name}' is not used in this forward")
+        if any(trace.tensors[name] in used for trace in traces):
+            continue
+        for axis in dims:
+            algebra.pin(axis, f"'{name}' is not used in this forward")
+        if name in parameters:  # an idle buffer has nothing to learn from a width
             _pin_readers_choice(draft, name, dims[min(1, len(dims) - 1) :][:1])
 
 
@@ -141,7 +160,8 @@ def _appearances(draft: Draft) -> dict[Axis, list[Appearance]]:
                 marks = told.get((known, dim, atom), [])
                 roles = frozenset(mark.role for mark in marks) or frozenset(["elementwise"])
                 fill = marks[0].fill if marks else "mean"
-                found.setdefault(atom, []).append(Appearance(name, dim, roles, fill))
+                reads = frozenset((label.name, label.dim) for m in marks for label in m.reads)
+                found.setdefault(atom, []).append(Appearance(name, dim, roles, fill, reads))
     return found
 
 
@@ -149,7 +169,7 @@ def _name(draft: Draft, appearances: Mapping[Axis, list[Appearance]]) -> _Names:
     names = _Names()
     bound = {
         find(bind.axes[0]): f"{bind.module}.{bind.attribute}".lstrip(".")
-        for bind in draft.binds
+        for bind in reversed(draft.binds)  # the first to bind an atom names it
         if bind.attribute not in _PLAIN
         and len(bind.axes) == 1
         and find(bind.axes[0]).form == "atom"
@@ -163,10 +183,12 @@ def _name(draft: Draft, appearances: Mapping[Axis, list[Appearance]]) -> _Names:
             wish = f"{owner}.in" if first.role == "consumer" else f"{first.tensor}.dim{first.dim}"
         elif whole:
             wish = f"{owner}.out"
-        elif atom in dots:
-            wish = f"{owner}.head_size"
+        elif atom in bound:
+            wish = bound[atom]
+        elif atom.pin:  # a number of gates or of equal parts: ".out" is for what is free
+            wish = f"{first.tensor}.dim{first.dim}"
         else:
-            wish = bound.get(atom, f"{owner}.out")
+            wish = f"{owner}.head_size" if atom in dots else f"{owner}.out"
         names.give(atom, wish.lstrip("."))
     return names
 

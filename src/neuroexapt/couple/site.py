@@ -64,12 +64,14 @@ class Mark:
 
     ``role`` is ``"producer"``, ``"consumer"`` or ``"elementwise"``; ``fill`` says what a new
     entry of an elementwise tensor holds: ``"zero"``, ``"one"`` or ``"mean"`` of its siblings.
+    ``reads`` are the parameter dimensions from which what a consumer reads was made.
     """
 
     label: Label
     axis: Axis
     role: str
     fill: str
+    reads: frozenset[Label] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,10 @@ class Site:
         self, ref: TensorRef, dim: int, role: str, fill: str = "mean", part: Axis | None = None
     ) -> None:
         """Say what the parameters behind a dimension, or behind a part of it, do in this call."""
+        axis = part or self.axis(ref, dim)
+        reads = self._makers(axis) if role == "consumer" else frozenset[Label]()
         for label in self.labels(ref)[dim]:
-            self.draft.marks[Mark(label, part or self.axis(ref, dim), role, fill)] = None
+            self.draft.marks[Mark(label, axis, role, fill, reads)] = None
 
     def setting(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema, else the schema's default."""
@@ -223,14 +227,18 @@ class Site:
 
     def mix(self, axis: Axis, kind: str, **data: Any) -> None:
         """Say that this call mixes over the axis."""
-        makers = place_of(
+        mix = Mix(axis, kind, self.call.module, self.call.place, data, self._makers(axis))
+        self.draft.mixes.append(mix)
+
+    def _makers(self, axis: Axis) -> frozenset[Label]:
+        """The parameter dimensions from which this axis of the call's activations stems."""
+        return place_of(
             labels
             for ref in self.call.inputs
             if not self.is_weight(ref)
             for own, labels in zip(self.dims(ref), self.labels(ref), strict=True)
             if algebra.find(own) is algebra.find(axis)
         )
-        self.draft.mixes.append(Mix(axis, kind, self.call.module, self.call.place, data, makers))
 
     def epsilon(self, value: float | None) -> dict[str, Any]:
         """The calling module's attribute that holds a norm's epsilon, and its value."""

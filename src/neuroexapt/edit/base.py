@@ -41,10 +41,15 @@ class Edit(abc.ABC):
         """Where it applies, as the user wrote it."""
 
 
+def is_glob(at: str) -> bool:
+    """Whether a place may mean several widths."""
+    return isinstance(at, str) and any(sign in at for sign in "*?[")
+
+
 def found_widths(axes: AxisMap, at: str) -> tuple[tuple[Width, ...], list[EditError]]:
     """The widths a place means, or the error that says why it means none."""
     try:
-        if isinstance(at, str) and any(sign in at for sign in "*?["):
+        if is_glob(at):
             return axes.find(at), []
         return (axes.one(at),), []
     except EditError as error:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neuroexapt.couple import AxisMap, Width
-from neuroexapt.edit.base import Edit, found_widths, one_of_to_and_by, units_of
+from neuroexapt.edit.base import Edit, found_widths, is_glob, one_of_to_and_by, units_of
 from neuroexapt.edit.patch import DimEdit, Drawing, Patch, WidthStep, query_scalings
 from neuroexapt.edit.resize import unit_sums
 from neuroexapt.errors import EditError
@@ -85,7 +85,7 @@ class Narrow(Edit):
             scores = self.scores.get(width.name)
             if scores is None:
                 scores = group_norm(axes, width, tensors)
-            step = _step(drawing, width, best(scores, size))
+            step = _step(drawing, drawing.width(width.name), best(scores, size))
             drawing.record(step)
             steps.append(step)
         if not steps:
@@ -99,7 +99,7 @@ class Narrow(Edit):
         return Patch(self, "approximate", f"narrow {sizes}", tuple(steps), drawing.attributes(axes))
 
     def _new_size(self, width: Width) -> int:
-        several = any(sign in self.at for sign in "*?[")
+        several = is_glob(self.at)
         if self.to is None:
             removed = units_of(self.at, self.by, width.size)
             size = width.size - removed

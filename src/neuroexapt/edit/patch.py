@@ -40,12 +40,16 @@ class DimEdit:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Old entries of a tensor are multiplied: all of them, or some positions of a dimension."""
+    """Old entries of a tensor are multiplied: all of them, or some positions of a dimension.
+
+    With an ``offset`` it is ``offset + entry`` that is multiplied, as the forward uses it.
+    """
 
     tensor: str
     factor: float
     dim: int = 0
     positions: tuple[int, ...] | None = None
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _scaled(tensor: Tensor, step: WidthStep, name: str) -> Tensor:
         if scaling.tensor != name:
             continue
         if scaling.positions is None:
-            tensor = tensor * scaling.factor
+            tensor = tensor * scaling.factor + scaling.offset * (scaling.factor - 1)
         else:
             factors = tensor.new_ones(tensor.shape[scaling.dim])
             factors[list(scaling.positions)] = scaling.factor

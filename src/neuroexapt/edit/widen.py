@@ -9,7 +9,7 @@ from math import sqrt
 from torch import Tensor
 
 from neuroexapt.couple import Appearance, AxisMap, Mixer, Width
-from neuroexapt.edit.base import Edit, found_widths, one_of_to_and_by, units_of
+from neuroexapt.edit.base import Edit, found_widths, is_glob, one_of_to_and_by, units_of
 from neuroexapt.edit.patch import (
     AttributeEdit,
     DimEdit,
@@ -39,7 +39,8 @@ class Widen(Edit):
     logits. GroupNorm grows by whole groups.
 
     Args:
-        at: module path (its output width), a width's name, or a glob over both.
+        at: module path (its output width), a width's name, or a glob over both. With a glob
+            widths that cannot grow exactly stay as they are; the description says which.
         by: number of new units (int) or fraction of the present size (float).
         to: the new size; exactly one of ``by`` and ``to``.
 
@@ -78,23 +79,28 @@ class Widen(Edit):
                 self._new_size(width)
             except EditError as error:
                 problems.append(error)
-            problems += self._unmixable(width)
-        return problems
+        left = [problem for width in widths for problem in self._unmixable(width)]
+        every = len({problem.place for problem in left}) == len(widths)
+        return problems + (left if every or not is_glob(self.at) else [])
 
     def plan(self, axes: AxisMap, tensors: Mapping[str, Tensor]) -> Patch:
         """New positions are -1, after the old ones."""
         problems = self.check(axes)
         if problems:
             raise problems[0]
-        drawing, steps = Drawing(axes), []
+        drawing, steps, left = Drawing(axes), list[WidthStep](), list[EditError]()
         for found in found_widths(axes, self.at)[0]:
+            if self._unmixable(found):
+                left += self._unmixable(found)
+                continue
             width = drawing.width(found.name)
             step = _step(drawing, width, self._new_size(width))
             drawing.record(step)
             steps.append(step)
         sizes = ", ".join(f"{s.width} to {len(s.positions)}" for s in steps)
         attributes = (*drawing.attributes(axes), *_epsilons(axes, steps))
-        return Patch(self, "exact", f"widen {sizes}", tuple(steps), attributes=attributes)
+        kept = "".join(f"; '{error.place}' stays: {error.seen}" for error in left)
+        return Patch(self, "exact", f"widen {sizes}{kept}", tuple(steps), attributes=attributes)
 
     def _new_size(self, width: Width) -> int:
         if self.to is None:
@@ -113,6 +119,9 @@ class Widen(Edit):
         if not kinds and _is_dead_end(width):
             return [_dead_end(width)]
         supported = kinds - {"dot"} in ({"layer_norm"}, {"mean_square"}, set())
+        scaleless = [m for m in width.mixers if m.kind in _NORMS and not _scales_of(width, m)]
+        if supported and scaleless:
+            return [_no_scale(width, scaleless[0])]
         if supported and all(_dot_is_known(m) for m in width.mixers if m.kind == "dot"):
             return []
         mixer = next((m for m in width.mixers if m.kind not in (*_NORMS, "dot")), width.mixers[-1])
@@ -124,6 +133,15 @@ class Widen(Edit):
                 next_step="widen another width; Narrow works on this one",
             )
         ]
+
+
+def _no_scale(width: Width, mixer: Mixer) -> EditError:
+    return EditError(
+        width.name,
+        seen=f"a norm without a scale of its own over this width ({mixer.place})",
+        needed="a scale that can make up for the norm's larger divisor",
+        next_step="give the norm a weight, or widen another width; Narrow works on this one",
+    )
 
 
 def _is_dead_end(width: Width) -> bool:
@@ -153,7 +171,9 @@ def _step(drawing: Drawing, width: Width, size: int) -> WidthStep:
     positions = (*range(width.size), *([-1] * (size - width.size)))
     kinds = {mixer.kind for mixer in width.mixers}
     dims = tuple(_dim(drawing, width, place, kinds) for place in width.appearances)
-    return WidthStep(width.name, positions, dims, _scalings(width, size, kinds))
+    return WidthStep(
+        width.name, positions, dims, _scalings(width, size, kinds, drawing.axes.offsets)
+    )
 
 
 def _dim(drawing: Drawing, width: Width, place: Appearance, kinds: set[str]) -> DimEdit:
@@ -181,9 +201,10 @@ def _fill_beside_norms(width: Width, place: Appearance, kinds: set[str]) -> str:
         return "mean"
     if place.tensor in biases:
         return _shift_fill(width)
-    if place.roles == {"consumer"}:
-        return _reader_fill(width)
     made = {maker for m in width.mixers if m.kind in _NORMS for maker in m.makers}
+    streams = {read for read in place.reads if read[0] not in weights | biases}
+    if place.roles == {"consumer"} and streams <= made:
+        return _reader_fill(width)
     # Tied to the normalised axis in size only (the heads behind it, say): no need for a centre.
     return centre if (place.tensor, place.dim) in made else _plain_fill(place)
 
@@ -226,14 +247,14 @@ def _norm_tensors(width: Width) -> tuple[set[str], set[str]]:
     for mixer in width.mixers:
         if mixer.kind not in _NORMS:
             continue
-        weights |= mixer.weight or _owned_scales(width, mixer)
+        weights |= _scales_of(width, mixer)
         biases |= mixer.bias
     return weights, biases
 
 
-def _owned_scales(width: Width, mixer: Mixer) -> set[str]:
+def _scales_of(width: Width, mixer: Mixer) -> set[str]:
     """A decomposed norm does not name its scale: it is the module's own elementwise tensor."""
-    return {
+    return set(mixer.weight) or {
         place.tensor
         for place in width.appearances
         if place.tensor.rpartition(".")[0] == mixer.module and place.roles == {"elementwise"}
@@ -265,8 +286,11 @@ def _epsilons(axes: AxisMap, steps: Sequence[WidthStep]) -> list[AttributeEdit]:
     ]
 
 
-def _scalings(width: Width, size: int, kinds: set[str]) -> tuple[Scaling, ...]:
+def _scalings(
+    width: Width, size: int, kinds: set[str], offsets: Mapping[str, float]
+) -> tuple[Scaling, ...]:
     # k silent entries lower the mean square of d entries by d / (d + k).
     factor = sqrt(width.size / size)
     norms = sorted(_norm_tensors(width)[0]) if kinds & _NORMS else ()
-    return (*(Scaling(name, factor) for name in norms), *query_scalings(width, size))
+    scaled = [Scaling(name, factor, offset=offsets.get(name, 0.0)) for name in norms]
+    return (*scaled, *query_scalings(width, size))
