@@ -141,9 +141,9 @@ class StatefulCharRNN(nn.Module):
         if self.hidden is None or self.hidden[0].size(1) != x.size(0):
             zeros = torch.zeros(self.n_layers, x.size(0), self.n_hidden)
             self.hidden = (zeros, zeros.clone())
-        r_output, hidden = self.lstm(x, tuple(h.detach() for h in self.hidden))
+        r_output, hidden = self.lstm(x, self.hidden)
         if self.training:
-            self.hidden = hidden
+            self.hidden = tuple(h.detach() for h in hidden)
         out = self.dropout(r_output)
         out = out.contiguous().view(-1, self.n_hidden)
         return self.fc(out)
