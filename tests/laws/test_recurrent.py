@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from neuroexapt import AxisMap, Narrow, Widen, apply, map_axes, transaction
 from neuroexapt.couple import unit_of
@@ -176,6 +177,22 @@ def test_other_precisions_can_be_edited(kind: type[nn.RNNBase], dtype: torch.dty
     assert [p.shape for p in model.rnn.parameters()][:2] == [
         (5 * {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind], n) for n in (6, 5)
     ]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_computed_weight_follows_what_it_is_made_of(kind: type[nn.RNNBase]) -> None:
+    """Weight norm: the module holds a tensor that each forward computes anew."""
+    model, args = Tagger(kind).double(), tuple(t.double() for t in steps())
+    weight_norm(model.rnn, "weight_hh_l0")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, args, optimizer, 1)
+    done = apply(model, Widen("rnn", by=2), args, optimizer=optimizer)
+    assert done.max_difference < 1e-12
+    train(model, args, optimizer, 1)
+    assert model.rnn.weight_hh_l0.shape == (8 * (4 if kind is nn.LSTM else 3), 8)
+    train(model, args, optimizer, 2)
+    apply(model, Narrow("rnn", by=3), args, optimizer=optimizer)
+    assert torch.tensor(train(model, args, optimizer, 2)).isfinite().all()
 
 
 # --- the optimizer goes along --------------------------------------------------------------------

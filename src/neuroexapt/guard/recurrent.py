@@ -48,5 +48,7 @@ def _refer(module: nn.RNNBase) -> None:
     module._flat_weight_refs[:] = [
         None if weight is None else weakref.ref(weight) for weight in module._flat_weights
     ]
-    # cuDNN wants all weights in one piece of memory; elsewhere this does nothing.
-    module.flatten_parameters()
+    # cuDNN wants all weights in one piece of memory; elsewhere this does nothing. A weight that
+    # is computed (weight norm) is of the last forward until the next one, and may not fit.
+    if all(isinstance(weight, nn.Parameter) for weight in module._flat_weights):
+        module.flatten_parameters()
