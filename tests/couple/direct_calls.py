@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from tests.couple.brute_force import RealCall
+from tests.couple.direct_calls_shape import order, reductions, shapes, spatial, views
+from tests.couple.drawn import DRAW, W, call, definite, mask, positive, w, whole, x
 
 # Kernels of other devices, and forms that torch keeps for itself: their rules are functions that
 # other operators of this file or of the rows share.
@@ -27,60 +27,10 @@ ELSEWHERE = {
     "transformers.grouped_mm_fallback",
 }
 
-_DRAW = torch.Generator()
-
-
-class W(Tensor):
-    """Marks a tensor made of weights."""
-
-
-def x(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=_DRAW)
-
-
-def w(*shape: int) -> Tensor:
-    return x(*shape).as_subclass(W)
-
-
-def positive(*shape: int) -> Tensor:
-    return 0.1 + 0.8 * torch.rand(shape, dtype=torch.float64, generator=_DRAW)
-
-
-def whole(high: int, *shape: int) -> Tensor:
-    return torch.randint(high, shape, generator=_DRAW)
-
-
-def mask(*shape: int) -> Tensor:
-    return x(*shape) > 0
-
-
-def definite(batch: int, size: int) -> Tensor:
-    """Symmetric positive definite matrices."""
-    roots = x(batch, size, size)
-    return roots @ roots.mT + torch.eye(size, dtype=torch.float64)
-
-
-def call(op: str, *args: Any, **kwargs: Any) -> RealCall:
-    """The call of ``"name"`` or ``"name.overload"`` of the aten operators."""
-    name, _, overload = op.partition(".")
-    func = getattr(getattr(torch.ops.aten, name), overload or "default")
-    flat = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    weights = {id(a): a.as_subclass(Tensor) for a in flat if isinstance(a, W)}
-
-    def plain(value: Any) -> Any:
-        return weights.get(id(value), value)
-
-    return RealCall(
-        func,
-        tuple(map(plain, args)),
-        {key: plain(value) for key, value in kwargs.items()},
-        tuple(weights.values()),
-    )
-
 
 def direct_calls() -> list[RealCall]:
     """Every call of the table; the values are the same each time."""
-    _DRAW.manual_seed(0)
+    DRAW.manual_seed(0)
     return [
         *_contractions(),
         *_pointwise(),
@@ -89,11 +39,11 @@ def direct_calls() -> list[RealCall]:
         *_matrices(),
         *_losses(),
         *_norms(),
-        *_order(),
-        *_reductions(),
-        *_shapes(),
-        *_spatial(),
-        *_views(),
+        *order(),
+        *reductions(),
+        *shapes(),
+        *spatial(),
+        *views(),
     ]
 
 
@@ -120,9 +70,15 @@ def _contractions() -> Iterator[RealCall]:
     yield call("mm", x(4, 5), w(5, 3))
     yield call("mm", w(4, 5), x(5, 3))
     yield call("baddbmm", x(3), x(2, 4, 5), x(2, 5, 3))
-    yield call("addbmm", x(4, 3), x(2, 4, 5), x(2, 5, 3))
-    yield call("addr", x(4, 3), x(4), x(3))
-    yield call("addmv", x(4), w(4, 5), x(5))
+    yield call("baddbmm_", x(2, 4, 3), x(2, 4, 5), x(2, 5, 3))
+    yield call("addmm_", x(4, 3), x(4, 5), w(5, 3))
+    for op in ("addbmm", "addbmm_"):
+        yield call(op, x(4, 3), x(2, 4, 5), x(2, 5, 3))
+    for op in ("addr", "addr_"):
+        yield call(op, x(4, 3), x(4), x(3))
+    for op in ("addmv", "addmv_"):
+        yield call(op, x(4), w(4, 5), x(5))
+    yield call("mv", w(4, 5), w(5))
     yield call("mv", x(4, 5), x(5))
     yield call("vdot", x(5), x(5))
     yield call("linear", x(2, 4, 5), w(3, 5), w(3))
@@ -178,6 +134,21 @@ def _pointwise() -> Iterator[RealCall]:
     op = "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams"
     yield call(op, x(4, 5).float(), *scale, 0, 255)
     yield call("where.self", mask(4, 1), x(5), x(4, 5))
+    for op in ("abs_", "alias_copy", "detach_copy", "_neg_view_copy", "gelu_", "zero"):
+        yield call(op, x(4, 5))
+    for op in ("eq_", "ne_", "ge_", "gt_", "le_", "lt_"):
+        yield call(f"{op}.Tensor", x(4, 5), x(5))
+    for op in ("copysign_.Tensor", "floor_divide", "floor_divide_.Tensor", "rsub.Tensor"):
+        yield call(op, x(4, 5), x(4, 1))
+    for op in ("gcd_", "lcm_"):
+        yield call(op, whole(9, 4, 5) + 1, whole(9, 5) + 1)
+    yield call("heaviside_", x(4, 5), x(5))
+    yield call("xlogy_.Tensor", positive(4, 5), positive(5))
+    yield call("threshold_", x(4, 5), 0.0, 1.0)
+    yield call("rrelu_with_noise_", x(4, 5), x(4, 5))
+    yield call("fill.Scalar", x(4, 5), 2.0)
+    yield call("detach_", x(4, 5))
+    yield call("_conj_copy", torch.complex(x(4, 5), x(4, 5)))
     yield call("normal.Tensor_float", x(4, 5))
 
 
@@ -260,6 +231,8 @@ def _matrices() -> Iterator[RealCall]:
     ):
         yield call(op, definite(3, 4))
     yield call("_linalg_solve_ex", definite(3, 4), x(3, 4, 2))
+    yield call("_linalg_solve_ex", definite(3, 4), x(3, 4))
+    yield call("linalg_solve_triangular", definite(3, 4), x(3, 2, 4), upper=True, left=False)
     yield call("cholesky_solve", x(3, 4, 2), definite(3, 4))
     yield call("linalg_householder_product", x(3, 5, 4), x(3, 4))
     yield call("linalg_solve_triangular", definite(3, 4), x(3, 4, 2), upper=True)
@@ -318,155 +291,3 @@ def _norms() -> Iterator[RealCall]:
     yield call("_weight_norm_interface", w(4, 5, 6), w(1, 1, 6), 2)
     tables = positive(4).float(), torch.zeros(4, dtype=torch.int32)
     yield call("fake_quantize_per_channel_affine_cachemask", x(4, 5).float(), *tables, 0, 0, 255)
-
-
-def _order() -> Iterator[RealCall]:
-    yield call("roll", x(4, 5), [1], [0])
-    yield call("roll", x(4, 5), [1])
-    yield call("flip", x(4, 5), [1])
-    yield call("rot90", x(4, 5, 6), 1, [0, 2])
-    yield call("sort", x(4, 5), 0)
-    yield call("sort.stable", x(4, 5), stable=True, dim=0)
-    yield call("argsort", x(4, 5))
-    yield call("msort", x(4, 5))
-    for op in ("tril", "triu", "tril_", "triu_"):
-        yield call(op, x(3, 4, 5))
-    yield call("topk", x(4, 5), 2, 0)
-    for op in ("cumsum", "cumsum_", "cumprod", "cumprod_", "logcumsumexp", "cummax", "cummin"):
-        yield call(op, x(4, 5), 1)
-    edges = positive(3, 6).cumsum(1)
-    yield call("bucketize.Tensor", x(4, 5), edges[0])
-    yield call("searchsorted.Tensor", edges, x(3, 4))
-    order = torch.stack([torch.arange(6)] * 3)
-    yield call("searchsorted.Tensor", edges, x(3, 4), sorter=order)
-    yield call("searchsorted.Scalar", edges[0], 0.5)
-    yield call("isin.Tensor_Tensor", whole(9, 4, 5), whole(9, 3))
-    yield call("isin.Tensor_Scalar", whole(9, 4, 5), 3)
-    yield call("histc", x(4, 5), 6)
-    yield call("bincount", whole(6, 9))
-    yield call("_unique2", whole(6, 9), True, True, True)
-    yield call("unique_dim", whole(2, 9, 2), 0)
-    yield call("unique_consecutive", whole(2, 9))
-    yield call("multinomial", positive(4, 5), 2)
-
-
-def _reductions() -> Iterator[RealCall]:
-    for op in (
-        *("all", "amax", "amin", "aminmax", "any", "argmax", "argmin", "count_nonzero", "max"),
-        *("median", "min", "nanmedian", "nansum", "norm.Scalar", "prod", "std", "std_mean"),
-        *("sum", "var", "var_mean", "linalg_vector_norm"),
-    ):
-        yield call(op, x(4, 5))
-    for op in (
-        *("all.dim", "any.dim", "argmax", "argmin", "kthvalue", "max.dim", "median.dim", "min.dim"),
-        *("mode", "nanmedian.dim", "prod.dim_int", "count_nonzero"),
-    ):
-        yield call(op, x(4, 5), *([2] if op == "kthvalue" else []), 0)
-    for op in ("amax", "amin", "logsumexp", "mean.dim", "nansum", "std.dim", "sum.dim_IntList"):
-        yield call(op, x(4, 5, 6), [0, 2])
-        yield call(op, x(4, 5, 6), [-2], keepdim=True)
-    yield call("aminmax", x(4, 5), dim=0, keepdim=True)
-    yield call("norm.ScalarOpt_dim", x(4, 5), 2, [1])
-    yield call("linalg_vector_norm", x(4, 5), 2, [0])
-    yield call("var.correction", x(4, 5), [1])
-    yield call("var_mean.correction", x(4, 5), [1])
-    for op in ("_log_softmax", "_softmax"):
-        yield call(op, x(4, 5), 0, False)
-    for op in ("_safe_softmax", "softmax.int", "log_softmax.int"):
-        yield call(op, x(4, 5), 1)
-
-
-def _shapes() -> Iterator[RealCall]:
-    for op in ("view", "reshape", "_reshape_copy", "view_copy", "_unsafe_view"):
-        yield call(op, x(4, 6, 5), [4, 2, 15])
-        yield call(op, x(4, 6, 5), [24, 5])
-    yield call("_reshape_alias", x(4, 6), [4, 2, 3], [6, 3, 1])
-    yield call("flatten.using_ints", x(4, 6, 5), 1)
-    yield call("unsqueeze_", x(4, 5), 1)
-    yield call("squeeze_", x(4, 1, 5))
-    yield call("permute_copy", x(4, 5, 6), [2, 0, -2])
-    for op in ("transpose_", "transpose_copy.int", "swapaxes"):
-        yield call(op, x(4, 5, 6), 0, -1)
-    for op in ("t_", "t_copy", "numpy_T", "mT"):
-        yield call(op, x(4, 5))
-    yield call("mT", x(3, 4, 5))
-    for op in ("expand_copy", "broadcast_to"):
-        yield call(op, x(4, 1), [3, 4, 5])
-    yield call("expand_as", x(4, 1), x(3, 4, 5))
-    for op in ("repeat", "tile"):
-        yield call(op, x(4, 5), [2, 1, 3])
-    yield call("tile", x(4, 5), [3])
-    for op in ("concat", "concatenate"):
-        yield call(op, [x(4, 5), x(4, 6)], 1)
-    yield call("select_copy.int", x(4, 5), 1, 2)
-    yield call("unbind_copy.int", x(4, 5), 1)
-    yield call("slice_copy.Tensor", x(4, 5), 1, 1, 4)
-    yield call("slice_copy.Tensor", x(4, 6), 1, 2, 4)
-    yield call("slice_copy.Tensor", x(4, 6), 1, -5, 100, 2)
-    yield call("narrow", x(4, 6), 1, 3, 3)
-    yield call("narrow", x(4, 6), 1, -3, 2)
-    for op in ("chunk", "unsafe_chunk", "tensor_split.sections"):
-        yield call(op, x(4, 6), 2, 1)
-        yield call(op, x(4, 7), 3, 1)
-    yield call("tensor_split.indices", x(4, 7), [1, 5], 1)
-    for op in ("split_copy.Tensor", "unsafe_split.Tensor"):
-        yield call(op, x(4, 6), 2, 1)
-    for op in ("split_with_sizes_copy", "split_with_sizes"):
-        yield call(op, x(4, 6), [1, 3, 2], 1)
-    yield call("pad", x(4, 6), [1, 2])
-    yield call("constant_pad_nd", x(4, 3, 6), [0, -1, 1, 1])
-    yield call("native_channel_shuffle", x(2, 6, 3), 2)
-    yield call("cat", [x(4, 3), x(4, 3), x(4, 2)], 1)
-    yield call("stack", [x(4, 3), x(4, 3)], -1)
-
-
-def _spatial() -> Iterator[RealCall]:
-    inputs = {1: (2, 3, 6), 2: (2, 3, 6, 6), 3: (2, 3, 4, 4, 4)}
-    for rank, shape in inputs.items():
-        for op in (f"avg_pool{rank}d", f"max_pool{rank}d", f"adaptive_avg_pool{rank}d"):
-            yield call(op, x(*shape), [2] * rank)
-        for op in (f"reflection_pad{rank}d", f"replication_pad{rank}d"):
-            yield call(op, x(*shape), [1] * (2 * rank))
-        for op in (f"upsample_nearest{rank}d", f"_upsample_nearest_exact{rank}d"):
-            yield call(op, x(*shape), [5] * rank)
-        linear = ("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d")
-        yield call(linear[rank - 1], x(*shape), [5] * rank, False)
-    for rank in (2, 3):
-        yield call(f"_adaptive_avg_pool{rank}d", x(*inputs[rank]), [3] * rank)
-        yield call(f"adaptive_max_pool{rank}d", x(*inputs[rank]), [3] * rank)
-        samples = positive(2, 3, rank)
-        op = f"fractional_max_pool{rank}d"
-        yield call(op, x(*inputs[rank]), [2] * rank, [2] * rank, samples)
-        small = (2, 3, *[2] * rank)
-        places = torch.arange(2**rank).reshape([2] * rank).expand(small).contiguous()
-        extra = ([2] * rank, [0] * rank) if rank == 3 else ()
-        yield call(f"max_unpool{rank}d", x(*small), places, [4] * rank, *extra)
-        yield call(f"grid_sampler_{rank}d", x(*inputs[rank]), x(2, *[5] * rank, rank), 0, 0, False)
-    yield call("max_pool3d_with_indices", x(*inputs[3]), [2, 2, 2])
-    for op in ("upsample_bicubic2d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa"):
-        yield call(op, x(*inputs[2]), [5, 5], False)
-    yield call("affine_grid_generator", x(3, 2, 3), [3, 4, 5, 6], False)
-    yield call("pixel_shuffle", x(2, 12, 3, 5), 2)
-    yield call("pixel_unshuffle", x(2, 3, 4, 6), 2)
-    yield call("im2col", x(2, 3, 5, 6), [2, 2], [1, 1], [0, 0], [1, 1])
-    yield call("col2im", x(2, 12, 6), [3, 4], [2, 2], [1, 1], [0, 0], [1, 1])
-
-
-def _views() -> Iterator[RealCall]:
-    for op in ("diagonal", "diagonal_copy"):
-        yield call(op, x(4, 5, 4), 0, 0, 2)
-        yield call(op, x(4, 5), 0)
-        yield call(op, x(4, 4), 1)
-    yield call("trace", x(4, 4))
-    yield call("diag_embed", x(4, 5))
-    yield call("diag_embed", x(4, 5), 1, 0, 2)
-    yield call("block_diag", [x(2, 3), x(3, 4)])
-    for op in ("unfold", "unfold_copy"):
-        yield call(op, x(4, 6, 3), 1, 2, 2)
-    yield call("unfold_backward", x(4, 3, 2), [4, 6], 1, 2, 2)
-    for op in ("as_strided", "as_strided_copy"):
-        yield call(op, x(4, 6), [3, 2], [2, 1])
-    yield call("as_strided_", x(4, 6, 1, 1), [4, 6, 1, 1], [6, 1, 6, 6])
-    yield call("select_scatter", x(4, 5, 6), x(4, 6), 1, 2)
-    yield call("slice_scatter", x(4, 5, 6), x(4, 2, 6), 1, 1, 3)
-    yield call("diagonal_scatter", x(4, 5, 4), x(5, 4), 0, 0, 2)

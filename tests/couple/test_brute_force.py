@@ -14,7 +14,8 @@ from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
 from neuroexapt.couple.site import RULES, Dims, Rule, Site
 from tests.couple.brute_force import RealCall, complaints, real_calls
-from tests.couple.direct_calls import ELSEWHERE, call, direct_calls, w, x
+from tests.couple.direct_calls import ELSEWHERE, direct_calls
+from tests.couple.drawn import call, w, x
 from tests.couple.operators import ROWS, Row
 
 

@@ -51,7 +51,7 @@ def bmm(site: Site) -> list[Dims]:
     return [_product(site, left, right, batch=1)]
 
 
-@rule("aten.addmm", "aten.baddbmm")
+@rule("aten.addmm", "aten.addmm_", "aten.baddbmm", "aten.baddbmm_")
 def addmm(site: Site) -> list[Dims]:
     """bias + (b, m, k) x (b, k, n); the bias broadcasts from the right."""
     bias, left, right = site.call.inputs[:3]
@@ -60,7 +60,7 @@ def addmm(site: Site) -> list[Dims]:
     return [dims]
 
 
-@rule("aten.addbmm")
+@rule("aten.addbmm", "aten.addbmm_")
 def addbmm(site: Site) -> list[Dims]:
     """bias + the sum over b of (b, m, k) x (b, k, n)."""
     bias, left, right = site.call.inputs[:3]
@@ -73,7 +73,7 @@ def addbmm(site: Site) -> list[Dims]:
     return [dims]
 
 
-@rule("aten.addr")
+@rule("aten.addr", "aten.addr_")
 def addr(site: Site) -> list[Dims]:
     """bias + (m) times (n), every pair."""
     bias, left, right = site.call.inputs[:3]
@@ -101,7 +101,7 @@ def _add_bias_label(site: Site, bias: TensorRef) -> None:
     site.set_labels(out, labels)
 
 
-@rule("aten.mv", "aten.addmv")
+@rule("aten.mv", "aten.addmv", "aten.addmv_")
 def mv(site: Site) -> list[Dims]:
     """(m, k) x (k) -> (m)."""
     *bias, matrix, vector = site.call.inputs

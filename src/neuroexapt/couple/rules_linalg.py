@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from neuroexapt.couple.axis import Axis
 from neuroexapt.couple.rules_pointwise import broadcast
 from neuroexapt.couple.site import Dims, Site, rule
 
@@ -10,7 +11,6 @@ from neuroexapt.couple.site import Dims, Site, rule
     "aten._linalg_det",
     "aten._linalg_eigh",
     "aten._linalg_slogdet",
-    "aten._linalg_solve_ex",
     "aten._linalg_svd",
     "aten.cholesky",
     "aten.cholesky_inverse",
@@ -28,11 +28,25 @@ from neuroexapt.couple.site import Dims, Site, rule
     "aten.linalg_matrix_exp",
     "aten.linalg_pinv",
     "aten.linalg_qr",
-    "aten.linalg_solve_triangular",
     "aten.triangular_solve",
 )
 def whole_matrices(site: Site) -> list[Dims]:
     """(batch, m, n) -> results for each matrix by itself; its rows and columns are held."""
+    return _held(site)
+
+
+@rule("aten._linalg_solve_ex", "aten.linalg_solve_triangular")
+def linear_system(site: Site) -> list[Dims]:
+    """A (batch, n, n) and B (batch, n, k): each of the k columns is a system of its own."""
+    left, right = site.call.inputs[:2]
+    if len(right.shape) != len(left.shape) or not site.setting("left", True):
+        return _held(site)
+    columns = site.axis(right, -1)
+    result, *factors = _held(site, passing=columns)
+    return [(*result[:-1], columns), *factors]
+
+
+def _held(site: Site, passing: Axis | None = None) -> list[Dims]:
     matrix = site.call.inputs[0]
     why = f"{site.call.op.removeprefix('aten.')} works on the whole matrix"
     batch = len(matrix.shape) - 2
@@ -40,7 +54,8 @@ def whole_matrices(site: Site) -> list[Dims]:
         _hold_constraint(site, why)
     for ref in site.call.inputs:
         for axis in site.dims(ref)[min(batch, len(ref.shape)) :]:
-            site.pin(axis, why)
+            if axis is not passing:
+                site.pin(axis, why)
         for place, axis in enumerate(site.dims(ref)[:batch]):
             site.same(axis, site.axis(matrix, place))
     return [

@@ -136,6 +136,7 @@ def _segment(site: Site, x: TensorRef, dim: int, start: int, stop: int, out: Ten
     "aten.split_with_sizes",
     "aten.chunk",
     "aten.unsafe_split",
+    "aten.unsafe_split_with_sizes",
     "aten.tensor_split",
     "aten.split_copy",
     "aten.split_with_sizes_copy",

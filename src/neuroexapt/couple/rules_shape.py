@@ -21,8 +21,10 @@ Origin = frozenset[Label]
     "aten.view_copy",
     "aten.unsqueeze",
     "aten.unsqueeze_",
+    "aten.unsqueeze_copy",
     "aten.squeeze",
     "aten.squeeze_",
+    "aten.squeeze_copy",
     "aten.flatten",
 )
 def view(site: Site) -> list[Dims]:
