@@ -24,7 +24,9 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*ops: str) -> Callable[[Said], Said]:
-    """Register a function as the rule of these operators (``"aten.relu"``: any overload).
+    """Register a function as the rule of these operators, any overload of them.
+
+    An operator is named as torch names it, ``"mylib::double"``, or with a dot.
 
     Example:
         >>> @rule("mylib.double")
@@ -36,7 +38,7 @@ def rule(*ops: str) -> Callable[[Said], Said]:
 
     def register(function: Said) -> Said:
         for op in ops:
-            RULES[op] = function
+            RULES[op.replace("::", ".")] = function
         return function
 
     return register
