@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from benchmarks.coverage.check import GONE, STAGES, Result
+from benchmarks.coverage.result import GONE, STAGES, Result
 
 _HEAD = f"""# Coverage
 
@@ -19,13 +19,15 @@ for them, as built, with random weights. Made by
 python -m benchmarks.coverage --out docs/coverage.md
 ```
 
-**full**: the map is made; a quarter of every width goes in one edit of a model in training, the
-outputs keep their shapes, forward, backward and an optimizer step work in training mode, and at
-least {GONE:.0%} of the parameters are gone; widening keeps the outputs to 1e-5 wherever it is not
-refused in advance; and both numerical oracles agree with the map. *Permutation*: the units of every
-width change places in all tensors that the map names, in double precision, and the outputs stay.
-*Silent units*: a quarter of the units is made silent, taken out by plain indexing, and the outputs
-stay. **safe**: each step came true or was refused with a reason, and the model was untouched bit
+**full**: the map is made, of a model that never ran, and the model runs after it; a quarter of
+every width goes in one edit of a model in training, the outputs keep their shapes, forward,
+backward and an optimizer step work in training mode, and at least {GONE:.0%} of the parameters are
+gone; widening keeps the outputs to 1e-5 wherever it is not refused in advance; and both numerical
+oracles agree with the map. *Permutation*: the units of every width change places in all tensors
+that the map names, in double precision, and the outputs stay. *Silent units*: a quarter of the
+units of every width that no operator mixes over is made silent, taken out by plain indexing, and
+the outputs stay. **safe**: each step came true or was refused with a reason, and the model was
+untouched bit
 for bit. **share**: parameters in tensors with at least one resizable width. **left**: parameters
 left after narrowing. **map**: processor seconds for a map (median of 3, one thread). Each model
 runs in a process of its own.

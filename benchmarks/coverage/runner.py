@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.coverage.case import Case, all_cases
-from benchmarks.coverage.check import STAGES, Result, Stage, check
+from benchmarks.coverage.check import check
+from benchmarks.coverage.result import STAGES, Result, Stage
 
 # Imported once by the server that the children are forked from.
 _PRELOADED = ("benchmarks.coverage.check", "transformers.modeling_utils", "torchvision", "timm")

@@ -1,0 +1,58 @@
+"""What is found about a case, ready for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STAGES = ("map", "alone", "narrow", "widen", "permutation", "silent")
+# Narrowing must take at least this share of the parameters to count.
+GONE = 0.1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a stage ended.
+
+    Attributes:
+        status: ``"ok"``, ``"refused"`` (with a reason, the model untouched), ``"little"``
+            (narrowed, but too few parameters gone), ``"wrong"``, ``"crash"``, ``"hang"``,
+            ``"skipped"``.
+        reason: why it is not ok; or what is worth saying.
+        seconds: wall time.
+    """
+
+    status: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Result:
+    """What was found about a case; all numbers, ready for JSON.
+
+    Attributes:
+        name: of the case.
+        stages: by name, see ``STAGES``; ``"build"`` if the model cannot be made.
+        facts: numbers: parameters, widths, share of parameters that can change, parameters
+            after narrowing, widened widths, processor seconds for a map.
+        unknown: operators without a rule.
+        pins: reasons of pins and how many dimensions have them.
+    """
+
+    name: str
+    stages: dict[str, Stage] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    pins: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def full(self) -> bool:
+        """Everything asked for came true."""
+        return all(name in self.stages and self.stages[name].status == "ok" for name in STAGES)
+
+    @property
+    def safe(self) -> bool:
+        """Each stage came true or was refused with a reason and the model untouched."""
+        good = ("ok", "refused", "little", "skipped")
+        own = [self.stages[name].status for name in STAGES if name in self.stages]
+        return len(own) == len(STAGES) and all(status in good for status in own)
