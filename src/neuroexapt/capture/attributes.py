@@ -10,18 +10,20 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 _PLAIN_HOLDERS = (argparse.Namespace, types.SimpleNamespace)
 _HOLDER_NAMES = ("Config", "Args", "Arguments", "HParams", "Options", "Settings", "Spec")
+_LONGEST = 8  # no model keeps its sizes in a longer list; tables of other things are
 
 
 @dataclass(frozen=True)
 class Attribute:
     """A Python attribute of a module.
 
-    ``name`` is the attribute itself (``heads``), or a path into an object or a dictionary
-    that the module holds (``config.n_head``).
+    ``name`` is the attribute itself (``heads``), or a path into an object, a dictionary or a
+    sequence that the module holds (``config.n_head``, ``sizes.0``).
     """
 
     module: str
@@ -30,49 +32,43 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number that a model holds, and the dictionary in which it is written.
+    """A whole number that a model holds.
 
     A config that several modules hold is met once: whoever reads it reads one number.
     """
 
     at: Attribute
-    holder: MutableMapping[str, Any]
-    key: str
     value: int
-
-
-def holder_of(model: nn.Module, at: Attribute) -> tuple[MutableMapping[str, Any], str]:
-    """The dictionary in which an attribute is written, and its key there.
-
-    Raises:
-        KeyError: the path leads nowhere any more.
-    """
-    holder: MutableMapping[str, Any] = vars(model.get_submodule(at.module))
-    *way, key = at.name.split(".")
-    for step in way:
-        holder = _contents(holder[step])
-    return holder, key
 
 
 def read(model: nn.Module, at: Attribute) -> Any:
     """The value of an attribute; also of one that its class computes.
 
     Raises:
-        AttributeError: there is none.
+        AttributeError, KeyError, IndexError: there is none.
     """
-    if "." in at.name:
-        holder, key = holder_of(model, at)
-        return holder[key]
-    return getattr(model.get_submodule(at.module), at.name)
+    first, *way = at.name.split(".")
+    value = getattr(model.get_submodule(at.module), first)
+    for step in way:
+        value = value[int(step)] if isinstance(value, (list, tuple)) else _contents(value)[step]
+    return value
 
 
 def write(model: nn.Module, at: Attribute, value: Any) -> None:
-    """Set an attribute."""
-    if "." in at.name:
-        holder, key = holder_of(model, at)
-        holder[key] = value
+    """Set an attribute; a tuple on the way is replaced by one that has the value in its place."""
+    parent, _, last = at.name.rpartition(".")
+    if not parent:
+        setattr(model.get_submodule(at.module), last, value)
+        return
+    holder = read(model, Attribute(at.module, parent))
+    if isinstance(holder, tuple):
+        place = int(last)
+        changed = type(holder)((*holder[:place], value, *holder[place + 1 :]))
+        write(model, Attribute(at.module, parent), changed)
+    elif isinstance(holder, list):
+        holder[int(last)] = value
     else:
-        setattr(model.get_submodule(at.module), at.name, value)
+        _contents(holder)[last] = value
 
 
 @contextlib.contextmanager
@@ -92,31 +88,36 @@ def integers(model: nn.Module) -> Iterator[Integer]:
     """Every whole number above 1 that a module or its config holds, each once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        yield from _integers(path, "", vars(module), seen)
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # its attributes are not Python's
+        for name, value in list(vars(module).items()):
+            if not name.startswith("_"):
+                yield from _integers(Attribute(path, name), value, seen)
 
 
-def _integers(
-    module: str, prefix: str, holder: MutableMapping[str, Any], seen: set[int]
-) -> Iterator[Integer]:
-    if id(holder) in seen:
+def _integers(at: Attribute, value: Any, seen: set[int]) -> Iterator[Integer]:
+    if type(value) is int:
+        if value > 1:
+            yield Integer(at, value)
         return
-    seen.add(id(holder))
-    for key, value in list(holder.items()):
-        if not isinstance(key, str) or "." in key or (key.startswith("_") and not prefix):
-            continue
-        name = f"{prefix}{key}"
-        if type(value) is int and value > 1:
-            yield Integer(Attribute(module, name), holder, key, value)
-        elif _is_holder(value):
-            yield from _integers(module, f"{name}.", _contents(value), seen)
+    items = _items(value)
+    if items and id(value) not in seen:
+        seen.add(id(value))
+        for key, item in items:
+            yield from _integers(Attribute(at.module, f"{at.name}.{key}"), item, seen)
 
 
-def _is_holder(value: Any) -> bool:
-    """Configs only: other objects may keep sizes in step by themselves."""
-    if isinstance(value, (nn.Module, type)):
-        return False
-    if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value)
+def _items(value: Any) -> list[tuple[str, Any]]:
+    """What is inside a sequence or a config; other objects may keep sizes in step themselves."""
+    if type(value) in (list, tuple, torch.Size):
+        return [(str(i), item) for i, item in enumerate(value)] if len(value) <= _LONGEST else []
+    if isinstance(value, (nn.Module, type)) or not (isinstance(value, dict) or _is_config(value)):
+        return []
+    contents = _contents(value)
+    return [(k, v) for k, v in contents.items() if isinstance(k, str) and "." not in k]
+
+
+def _is_config(value: Any) -> bool:
     return hasattr(value, "__dict__") and (
         isinstance(value, _PLAIN_HOLDERS)
         or dataclasses.is_dataclass(value)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from neuroexapt.capture.attributes import integers
+from neuroexapt.capture.attributes import integers, read, write
 from neuroexapt.capture.trace import Combined, OfAttribute, OfSize, Origin, Place, TensorRef
 
 
@@ -85,15 +85,17 @@ def attributes_tracked(model: nn.Module) -> Iterator[None]:
     found = list(integers(model))
     try:
         for integer in found:
-            integer.holder[integer.key] = Number.of(
-                integer.value, OfAttribute(integer.at, integer.value)
+            write(
+                model, integer.at, Number.of(integer.value, OfAttribute(integer.at, integer.value))
             )
         yield
     finally:
         for integer in found:
-            # Unless the forward itself has counted it on meanwhile (a step, say).
-            if type(integer.holder.get(integer.key)) is Number:
-                integer.holder[integer.key] = int(integer.holder[integer.key])
+            # The forward may have counted it on meanwhile, or dropped it.
+            with contextlib.suppress(AttributeError, KeyError, IndexError):
+                now = read(model, integer.at)
+                if type(now) is Number:
+                    write(model, integer.at, int(now))
 
 
 class Watch(TorchFunctionMode):

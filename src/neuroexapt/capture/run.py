@@ -210,13 +210,16 @@ def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _fake_like(tensor: Tensor, shape: Sequence[int] | None) -> Tensor:
-    if shape is None or tuple(shape) == tuple(tensor.shape):
-        strides = tensor.stride() if tensor.layout == torch.strided else None
-        if strides is not None:
-            return torch.empty_strided(
-                tuple(tensor.shape), strides, dtype=tensor.dtype, device=tensor.device
-            )
-    return torch.empty(tuple(shape or tensor.shape), dtype=tensor.dtype, device=tensor.device)
+    """A tensor without data; dimensions in memory order, which some operators go by."""
+    shape = tuple(tensor.shape if shape is None else shape)
+    kind: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
+    if tensor.layout != torch.strided:
+        return torch.empty(shape, **kind)
+    if shape == tuple(tensor.shape):
+        return torch.empty_strided(shape, tensor.stride(), **kind)
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
+    return torch.empty_permuted(shape, order, **kind)
 
 
 def _stand_ins(

@@ -40,11 +40,16 @@ class Appearance:
 
 @dataclass(frozen=True)
 class Side:
-    """Part of a parameter dimension: the positions start..stop of an atom inside it."""
+    """Part of a parameter dimension: the positions start..stop of an atom inside it.
+
+    ``factor`` says that the parameter multiplies the operand (a norm's scale, a rotary table)
+    instead of making it.
+    """
 
     tensor: str
     dim: int
     positions: tuple[int, ...]
+    factor: bool = False
 
 
 @dataclass(frozen=True)

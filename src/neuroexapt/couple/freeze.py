@@ -224,8 +224,20 @@ def _mixer(draft: Draft, mix: Mix, names: _Names) -> Mixer:
 
 
 def _sides(draft: Draft, labels: Iterable[Label]) -> tuple[Side, ...]:
+    made, multiplied = set[tuple[str, int]](), set[tuple[str, int]]()
+    for mark in draft.marks:
+        if mark.role == "producer":
+            made.add((mark.label.name, mark.label.dim))
+        elif mark.role == "elementwise" and mark.fill == "mean":
+            multiplied.add((mark.label.name, mark.label.dim))
+    factors = multiplied - made
     return tuple(
-        Side(label.name, label.dim, _picked_positions(draft, label))
+        Side(
+            label.name,
+            label.dim,
+            _picked_positions(draft, label),
+            factor=(label.name, label.dim) in factors,
+        )
         for label in sorted(labels, key=lambda label: (label.name, label.dim))
     )
 

@@ -50,6 +50,8 @@ class Prober:
     traces: tuple[Trace, ...]
     draft: Draft
     end: tuple[int, int] = (1 << 30, 0)
+    # What the first trace's last run with other sizes called.
+    _last: tuple[Call, ...] = ()
 
     def settle(self) -> None:
         """Bind attributes and pin widths until a run with all free widths resized agrees."""
@@ -91,20 +93,10 @@ class Prober:
 
     def scaled_modules(self) -> set[str]:
         """Modules that multiply or divide by a number that follows a width."""
-        sizes = self._grown(self.free_atoms())
-        args, kwargs = self.example
-        trace = self.traces[0]
-        other = capture(
-            self.model,
-            args,
-            kwargs,
-            shapes=self._shapes(sizes),
-            attributes=attribute_values(self.draft.binds, sizes),
-            training=trace.training,
-        )
+        # The run that settled the map had every free width at another size.
         return {
             call.module
-            for call, new in zip(trace.calls, other.calls, strict=True)
+            for call, new in zip(self.traces[0].calls, self._last, strict=False)
             if call.op in ("aten.mul", "aten.div") and _number(call) != _number(new)
         }
 
@@ -134,6 +126,8 @@ class Prober:
             calls, failure = other.calls, ""
         except RunFailure as stopped:
             calls, failure = stopped.calls, str(stopped)
+        if number == 0:
+            self._last = tuple(calls)
         free = set(self.free_atoms())
         for index, (call, new) in enumerate(zip(trace.calls, calls, strict=False)):
             if call.op != new.op or len(call.outputs) != len(new.outputs):

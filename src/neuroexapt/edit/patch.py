@@ -178,14 +178,20 @@ def query_scalings(width: Width, size: int) -> tuple[Scaling, ...]:
     """
     # A side may name other dimensions of the same weight (its heads, say): those stay.
     own = {(place.tensor, place.dim) for place in width.appearances}
-    found: dict[Scaling, None] = {}
+    norms = {name for mixer in width.mixers for name in mixer.weight}
+    found: dict[tuple[str, int], set[int]] = {}
     for mixer in width.mixers:
         if mixer.kind == "dot" and mixer.scale == "inverse_sqrt":
-            for side in mixer.sides[0]:
-                if (side.tensor, side.dim) in own:
-                    factor = sqrt(size / width.size)
-                    found[Scaling(side.tensor, factor, side.dim, side.positions)] = None
-    return tuple(found)
+            sides = [side for side in mixer.sides[0] if (side.tensor, side.dim) in own]
+            # Queries that are normalised forget the scale of what made them.
+            scales = [side for side in sides if side.factor and side.tensor in norms]
+            for side in scales or [side for side in sides if not side.factor]:
+                found.setdefault((side.tensor, side.dim), set()).update(side.positions)
+    factor = sqrt(size / width.size)
+    return tuple(
+        Scaling(tensor, factor, dim, tuple(sorted(positions)))
+        for (tensor, dim), positions in found.items()
+    )
 
 
 def resize_expr(expr: Expr, name: str, size: int) -> Expr:

@@ -162,7 +162,8 @@ def _dead_end(width: Width) -> EditError:
 def _dot_is_known(mixer: Mixer) -> bool:
     """Both operands of the product are known and made by different parameters."""
     left, right = (
-        {(s.tensor, s.dim, p) for s in side for p in s.positions} for side in mixer.sides
+        {(s.tensor, s.dim, p) for s in side if not s.factor for p in s.positions}
+        for side in mixer.sides
     )
     return bool(left) and bool(right) and not left & right
 
@@ -267,7 +268,7 @@ def _query_positions(width: Width, place: Appearance) -> tuple[int, ...]:
         position
         for mixer in width.mixers
         for side in mixer.sides[0]
-        if (side.tensor, side.dim) == (place.tensor, place.dim)
+        if (side.tensor, side.dim) == (place.tensor, place.dim) and not side.factor
         for position in side.positions
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from neuroexapt.capture.attributes import Attribute, read, write
 from neuroexapt.errors import GuardError
 
 
@@ -172,10 +173,10 @@ def _carry_hooks(tensor: Tensor, new: Tensor) -> None:
     new.__class__ = type(tensor)
 
 
-def set_attribute(ledger: Ledger, module: nn.Module, name: str, value: object) -> None:
-    """Set a module attribute."""
-    old = getattr(module, name)
-    ledger.do(lambda: setattr(module, name, value), lambda: setattr(module, name, old))
+def set_attribute(ledger: Ledger, model: nn.Module, at: Attribute, value: object) -> None:
+    """Set an attribute of a module, or a number in a config or sequence that it holds."""
+    old = read(model, at)
+    ledger.do(lambda: write(model, at, value), lambda: write(model, at, old))
 
 
 def set_class(ledger: Ledger, module: nn.Module, kind: type[nn.Module]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuroexapt.capture.attributes import Attribute
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.edit import (
@@ -236,7 +237,7 @@ def write(
             done.add(id(named[name]))
             _write_tensor(ledger, optimizer, named[name], name, patch)
     for edit in patch.attributes:
-        set_attribute(ledger, model.get_submodule(edit.module), edit.name, edit.value)
+        set_attribute(ledger, model, Attribute(edit.module, edit.name), edit.value)
     for insertion in patch.insertions:
         _insert(ledger, model, optimizer, insertion)
     renew(ledger, recurrent)
