@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from neuroexapt import AxisMap, map_axes
 
 STEPS, BATCH, FEATURES = 4, 3, 3
 
@@ -334,3 +337,14 @@ def built(case: Case) -> tuple[nn.Module, tuple[Any, ...]]:
         torch.default_generator.manual_seed(0)
         model, args = case.make().double(), case.args()
     return model, tuple(t.double() if t.is_floating_point() else t for t in args)
+
+
+def in_parts(model: nn.Module, args: tuple[Tensor, ...]) -> AxisMap:
+    """The map of a run in which torch takes recurrent networks apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("neuroexapt.capture.whole._NETWORKS", frozenset())
+        patch.setattr("neuroexapt.capture.whole._CELLS", frozenset())
+        axes = map_axes(model, args)
+    assert len(axes.traces[0].calls) > len(map_axes(model, args).traces[0].calls)
+    assert not axes.unknown
+    return axes

@@ -34,6 +34,8 @@ class Whole(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._fake and func is Tensor.data_ptr:
+            return 0  # as torch answers, with a warning: recurrent modules ask on an accelerator
         if func not in _NETWORKS | _CELLS or kwargs:
             return func(*args, **kwargs)
         op, overload, one_step = f"aten.{func.__name__}", "default", False
