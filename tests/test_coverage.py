@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,16 @@ def test_a_fingerprint_sees_tensors_attributes_and_flags() -> None:
     assert changed(model, before) == ["head.bias tensor"]
     model.norm.eps = 0.5
     model.gate.eval()
-    assert changed(model, before) == ["gate training", "norm eps", "head.bias tensor"]
+    assert set(changed(model, before)) == {"gate training", "norm eps", "head.bias tensor"}
+
+
+def test_a_fingerprint_sees_into_a_config() -> None:
+    model = Gated()
+    model.config = SimpleNamespace(heads=4, inner={"width": 8})
+    before = fingerprint(model)
+    assert changed(model, before) == []
+    model.config.inner["width"] = 9
+    assert changed(model, before) == [" config.inner.width"]
 
 
 def test_differences_are_relative_and_see_shapes_and_infinities() -> None:

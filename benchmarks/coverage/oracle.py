@@ -163,11 +163,28 @@ def reindex(model: nn.Module, axes: AxisMap, orders: Order) -> None:
     for bound in axes.attributes:
         if _names(leaf.name for expr in bound.exprs for leaf in leaves(expr)) & sizes.keys():
             values = tuple(size_of(expr, sizes) for expr in bound.exprs)
-            setattr(
+            _put(
                 model.get_submodule(bound.module),
-                bound.name,
+                bound.name.split("."),
                 values if bound.is_tuple else values[0],
             )
+
+
+def _put(holder: Any, way: list[str], value: Any) -> Any:
+    """The holder with a value at the end of a way through objects, dictionaries and sequences."""
+    if not way:
+        return value
+    step, *rest = way
+    if isinstance(holder, tuple):
+        at = int(step)
+        return (*holder[:at], _put(holder[at], rest, value), *holder[at + 1 :])
+    if isinstance(holder, list):
+        holder[int(step)] = _put(holder[int(step)], rest, value)
+    elif isinstance(holder, dict):
+        holder[step] = _put(holder[step], rest, value)
+    else:
+        setattr(holder, step, _put(getattr(holder, step), rest, value))
+    return holder
 
 
 def _names(names: Iterable[str]) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -95,13 +95,23 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     print_: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         print_[f"{path} class"] = type(module)
-        for name, value in vars(module).items():
-            if isinstance(value, _PLAIN):
-                print_[f"{path} {name}"] = copy.deepcopy(value) if _is_data(value) else str(value)
+        for name, value in _held(vars(module), ""):
+            print_[f"{path} {name}"] = copy.deepcopy(value) if _is_data(value) else str(value)
     tensors = {**dict(_all_parameters(model)), **dict(model.named_buffers(remove_duplicate=False))}
     for name, tensor in tensors.items():
         print_[f"{name} tensor"] = (id(tensor), tensor.requires_grad, tensor.detach().clone())
     return print_
+
+
+def _held(values: Mapping[Any, Any], prefix: str, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """Plain values by name, those inside of configs and dictionaries too."""
+    for name, value in list(values.items()):
+        if isinstance(value, _PLAIN):
+            yield f"{prefix}{name}", value
+        elif not isinstance(value, (Tensor, nn.Module, type)) and depth and not callable(value):
+            inner = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+            if not any(isinstance(child, (Tensor, nn.Module)) for child in inner.values()):
+                yield from _held(inner, f"{prefix}{name}.", depth - 1)
 
 
 def changed(model: nn.Module, before: Mapping[str, Any]) -> list[str]:
