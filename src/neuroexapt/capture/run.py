@@ -335,6 +335,7 @@ def capture_both(
     Raises:
         CaptureError: neither run went through.
     """
+    _refuse_scripted(model)
     _refuse_lazy(model)
     traces: list[Trace] = []
     failures: list[RunFailure] = []
@@ -346,6 +347,16 @@ def capture_both(
     if not traces:
         raise _explain(model, args, failures[0]) from failures[0].cause
     return tuple(traces)
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            type(model).__name__,
+            seen="a scripted or traced model",
+            needed="the module that it was made from",
+            next_step="change that one, then script or trace it again",
+        )
 
 
 def _refuse_lazy(model: nn.Module) -> None:

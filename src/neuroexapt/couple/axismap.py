@@ -212,7 +212,8 @@ class AxisMap:
         ]
         found = [self.widths[name] for name in dict.fromkeys(names) if name in self.widths]
         if not found:
-            raise self._pinned(path, self._pins_of(path, names))
+            ops = [op for op, paths in self.unknown.items() if path in paths]
+            raise self._pinned(path, self._pins_of(path, names), ops)
         return tuple(found)
 
     def _pins_of(self, path: str, names: Sequence[str]) -> list[Pinned]:
@@ -233,11 +234,13 @@ class AxisMap:
                     )
         return tuple(self.widths[name] for name in self.widths if name in found)
 
-    def _pinned(self, at: str, pins: Sequence[Pinned]) -> PinnedError:
+    def _pinned(self, at: str, pins: Sequence[Pinned], unknown: Sequence[str] = ()) -> PinnedError:
         reasons = "; ".join(f"'{p.name}' ({p.size}): {p.reason}" for p in pins[:3])
+        without = [f"operator {op}, which has no rule," for op in unknown[:1]]
+        other = f"{(*without, 'no parameter')[0]} has this dimension"
         return PinnedError(
             at,
-            seen=f"pinned: {reasons or 'no parameter has this dimension'}",
+            seen=f"pinned: {reasons or other}",
             needed="a width that can change",
             next_step="choose one of `map_axes(...).widths`, or rewrite the line named",
         )

@@ -27,6 +27,7 @@ from neuroexapt.edit import (
     resized,
 )
 from neuroexapt.errors import GuardError
+from neuroexapt.guard.hooked import drop_graphs
 from neuroexapt.guard.ledger import (
     Ledger,
     add_child,
@@ -228,6 +229,7 @@ def write(
     touched = {name: named[name] for name in patch.tensors}
     recurrent = recurrent_owners(model, touched.values())
     release(ledger, recurrent)
+    drop_graphs(ledger, model)
     check_swappable(touched)
     if optimizer is not None:
         _warn_unless_held(optimizer, touched)
