@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from benchmarks.coverage.check import check
 from benchmarks.coverage.oracle import permutation, silent_units
 from benchmarks.coverage.outputs import changed, difference, fingerprint, tensors_of
 from benchmarks.coverage.page import headline, page
-from benchmarks.coverage.result import STAGES, Result, Stage
+from benchmarks.coverage.result import STAGES, Result, Stage, from_row
 from benchmarks.coverage.runner import isolated
 from torch import nn
 
@@ -208,6 +209,12 @@ def test_the_page_counts_and_names_what_failed() -> None:
     text = page([good, bad], [])
     assert "| all | 2 | 1 | 1 | 100% | 60% | 0.10 |" in text
     assert "- **own/bad**, narrow, crash: IndexError: 24" in text
+
+
+def test_a_result_survives_json() -> None:
+    stages = {"map": Stage("ok", "a note", 0.5), "narrow": Stage("hang")}
+    result = Result("own/x", stages, {"widths": 3}, ["aten.fft"], {"an index": 2})
+    assert from_row(json.loads(json.dumps(asdict(result)))) == result
 
 
 def test_a_permutation_moves_every_unit() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 STAGES = ("map", "alone", "narrow", "widen", "permutation", "silent")
 # Narrowing must take at least this share of the parameters to count.
@@ -56,3 +58,9 @@ class Result:
         good = ("ok", "refused", "little", "skipped")
         own = [self.stages[name].status for name in STAGES if name in self.stages]
         return len(own) == len(STAGES) and all(status in good for status in own)
+
+
+def from_row(row: Mapping[str, Any]) -> Result:
+    """A result as :func:`dataclasses.asdict` wrote it."""
+    stages = {name: Stage(**stage) for name, stage in row["stages"].items()}
+    return Result(**{**row, "stages": stages})
