@@ -29,7 +29,6 @@ def main() -> None:
     if options.list or not cases:
         print("\n".join(case.name for case in cases) or f"no case matches {options.only}")
         return
-    found = []
     found = _stored(options.json)
     runs = results(cases, jobs=options.jobs, limit=options.limit, timings=options.timings)
     for result in runs:
