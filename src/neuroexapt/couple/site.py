@@ -76,11 +76,24 @@ class Mark:
     reads: frozenset[Label] = frozenset()
 
 
+# How the mean of the siblings fares: kept, kept where a norm's scale is even, or lost.
+KEPT, POSTED, LOST = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """New entries along one dimension of a tensor: is their mean kept, and is a zero a zero."""
+
+    mean: int = KEPT
+    zero: bool = True
+
+
 @dataclass(frozen=True)
 class Mix:
     """An operator that mixes over an axis, so that its size or a new entry changes others.
 
-    ``makers`` are the parameter dimensions that the mixed tensor's axis stems from.
+    ``makers`` are the parameter dimensions that the mixed tensor's axis stems from, ``entry`` is
+    what new entries have become when they are mixed.
     ``data`` holds what a mutation needs to keep the function (names of the norm's weight and
     bias, the labels of both sides of a dot product).
     """
@@ -91,6 +104,7 @@ class Mix:
     place: str
     data: Mapping[str, Any]
     makers: frozenset[Label] = frozenset()
+    entry: Entry = field(default_factory=Entry)
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,8 @@ class Draft:
     Attributes:
         numbering: axes whose positions the values of a tensor name (what ``argmax`` gives).
         repeated: dimensions along which a tensor repeats one value (what ``expand`` makes).
+        entries: what new entries have become, for each dimension of a tensor.
+        chance: tensors of random values (the masks of dropout).
         taken: tensors whose rows were taken out of a parameter by numbers that the data give.
     """
 
@@ -121,6 +137,8 @@ class Draft:
     numbering: dict[TensorRef, Dims] = field(default_factory=dict)
     repeated: dict[TensorRef, frozenset[int]] = field(default_factory=dict)
     taken: set[TensorRef] = field(default_factory=set)
+    entries: dict[TensorRef, tuple[Entry, ...]] = field(default_factory=dict)
+    chance: set[TensorRef] = field(default_factory=set)
     marks: dict[Mark, None] = field(default_factory=dict)
     mixes: list[Mix] = field(default_factory=list)
     binds: list[Bind] = field(default_factory=list)
