@@ -97,12 +97,14 @@ class Width:
         size: number of units.
         appearances: every parameter and buffer dimension that has it.
         mixers: operators that mix over it.
+        multiple: its size must be a multiple of this (a kernel's demand on memory).
     """
 
     name: str
     size: int
     appearances: tuple[Appearance, ...]
     mixers: tuple[Mixer, ...] = ()
+    multiple: int = 1
 
 
 @dataclass(frozen=True)

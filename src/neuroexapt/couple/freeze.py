@@ -63,13 +63,15 @@ def freeze(
     _pin_squares(draft)
     names = _name(draft, appearances)
     mixers = _mixers(draft, names)
+    multiples = draft.multiple_of()
     widths, pinned = {}, {}
     for atom, name in names.of.items():
         where = tuple(appearances[atom])
         if atom.pin:
             pinned[name] = Pinned(name, atom.size, atom.pin, where)
         else:
-            widths[name] = Width(name, atom.size, where, tuple(mixers.get(atom, ())))
+            mixed = tuple(mixers.get(atom, ()))
+            widths[name] = Width(name, atom.size, where, mixed, multiples.get(atom, 1))
     return AxisMap(
         widths=widths,
         pinned=pinned,

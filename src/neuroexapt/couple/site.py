@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import lcm
 from typing import Any, TypeVar
 
 import torch
@@ -126,6 +127,7 @@ class Draft:
         repeated: dimensions along which a tensor repeats one value (what ``expand`` makes).
         entries: what new entries have become, for each dimension of a tensor.
         chance: tensors of random values (the masks of dropout).
+        multiples: axes whose size must stay a multiple of a number.
         taken: tensors whose rows were taken out of a parameter by numbers that the data give.
     """
 
@@ -139,6 +141,16 @@ class Draft:
     taken: set[TensorRef] = field(default_factory=set)
     entries: dict[TensorRef, tuple[Entry, ...]] = field(default_factory=dict)
     chance: set[TensorRef] = field(default_factory=set)
+    multiples: list[tuple[Axis, int]] = field(default_factory=list)
+
+    def multiple_of(self) -> dict[Axis, int]:
+        """What the size of an atom must be a multiple of, where an operator demands it."""
+        found: dict[Axis, int] = {}
+        for axis, multiple in self.multiples:
+            *_, last = algebra.atoms(axis)
+            found[last] = lcm(found.get(last, 1), multiple)
+        return found
+
     marks: dict[Mark, None] = field(default_factory=dict)
     mixes: list[Mix] = field(default_factory=list)
     binds: list[Bind] = field(default_factory=list)
@@ -276,6 +288,17 @@ class Site:
         if found:
             self.draft.binds.append(Bind(self.call.module, attribute, tuple(axes), is_tuple))
         return found
+
+    def aligned(self, axis: Axis, multiple: int) -> None:
+        """Say that the size of an axis must stay a multiple of a number.
+
+        A demand on a product is laid on its last factor; one that it does not meet pins.
+        """
+        *_, last = algebra.atoms(axis)
+        if last.size % multiple:
+            self.pin(axis, f"a kernel demands a multiple of {multiple}")
+        elif multiple > 1:
+            self.draft.multiples.append((axis, multiple))
 
     def groups(self, attribute: str, axis: Axis) -> None:
         """A number of groups given to the operator: the module's attribute, else fixed.

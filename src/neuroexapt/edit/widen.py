@@ -9,7 +9,14 @@ from math import sqrt
 from torch import Tensor
 
 from neuroexapt.couple import Appearance, AxisMap, Mixer, Width
-from neuroexapt.edit.base import Edit, found_widths, is_glob, one_of_to_and_by, units_of
+from neuroexapt.edit.base import (
+    Edit,
+    found_widths,
+    is_glob,
+    not_a_multiple,
+    one_of_to_and_by,
+    units_of,
+)
 from neuroexapt.edit.patch import (
     AttributeEdit,
     DimEdit,
@@ -107,7 +114,14 @@ class Widen(Edit):
 
     def _new_size(self, width: Width) -> int:
         if self.to is None:
-            return width.size + units_of(self.at, self.by, width.size)
+            size = width.size + units_of(self.at, self.by, width.size)
+            if isinstance(self.by, float) or is_glob(self.at):
+                size = -(-size // width.multiple) * width.multiple
+            if size % width.multiple:
+                raise not_a_multiple(width, size)
+            return size
+        if self.to % width.multiple:
+            raise not_a_multiple(width, self.to)
         if self.to <= width.size:
             raise EditError(
                 self.at,
@@ -125,6 +139,9 @@ class Widen(Edit):
         scaleless = [m for m in width.mixers if m.kind in _NORMS and not _scales_of(width, m)]
         if supported and scaleless:
             return [_no_scale(width, scaleless[0])]
+        literal = [m for m in width.mixers if m.kind in _NORMS and not m.eps_attribute]
+        if supported and literal:
+            return [_literal_epsilon(width, literal[0])]
         moved = [m for m in width.mixers if _moves(m)]
         if supported and moved:
             return [_moved_on_the_way(width, moved[0])]
@@ -156,6 +173,15 @@ def _moved_on_the_way(width: Width, mixer: Mixer) -> EditError:
         f"as {centre} ({mixer.place})",
         needed="a width whose new entries leave the norm's statistics alone",
         next_step="widen another width; Narrow works on this one",
+    )
+
+
+def _literal_epsilon(width: Width, mixer: Mixer) -> EditError:
+    return EditError(
+        width.name,
+        seen=f"a norm over this width whose epsilon is a number in the code ({mixer.place})",
+        needed="an epsilon held by an attribute of the module (self.eps), to shrink with the norm",
+        next_step="keep it in the module, or widen another width; Narrow works on this one",
     )
 
 
