@@ -88,6 +88,32 @@ def _contractions() -> Iterator[RealCall]:
         "_convolution", x(2, 4, 5), w(6, 2, 3), w(6), [1], [1], [1], False, [0], 2, *flags, True
     )
     yield call("convolution", x(2, 4, 5), x(6, 4, 3), None, [1], [1], [1], False, [0], 1)
+    for options in (([1, 1], [0, 0]), ([2, 1], [0, 0]), ([1, 1], [1, 0])):
+        steps, padding = options
+        yield call(
+            "convolution",
+            x(2, 4, 5, 6),
+            w(3, 4, 1, 1),
+            None,
+            steps,
+            padding,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+        )
+        yield call(
+            "convolution",
+            x(2, 4, 5, 6),
+            w(4, 3, 1, 2),
+            None,
+            steps,
+            padding,
+            [1, 1],
+            True,
+            [0, 0],
+            1,
+        )
     yield call("_trilinear", x(4, 5), w(3, 5, 6), x(4, 6), [1, 3], [0], [1, 2], [2, 3])
     yield call("_trilinear", x(4, 5), x(3, 5, 6), x(4, 6), [1, 3], [0], [1, 2], [2, 3])
     yield call("_cdist_forward", x(2, 4, 5), x(2, 3, 5), 2.0, None)

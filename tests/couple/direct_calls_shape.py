@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from tests.couple.brute_force import RealCall
-from tests.couple.drawn import call, positive, whole, x
+from tests.couple.drawn import call, mask, positive, whole, x
 
 
 def order() -> Iterator[RealCall]:
@@ -55,6 +55,8 @@ def reductions() -> Iterator[RealCall]:
     for op in ("amax", "amin", "logsumexp", "mean.dim", "nansum", "std.dim", "sum.dim_IntList"):
         yield call(op, x(4, 5, 6), [0, 2])
         yield call(op, x(4, 5, 6), [-2], keepdim=True)
+    for op in ("_is_all_true", "_is_any_true"):
+        yield call(op, mask(4, 5))
     yield call("aminmax", x(4, 5), dim=0, keepdim=True)
     yield call("norm.ScalarOpt_dim", x(4, 5), 2, [1])
     yield call("linalg_vector_norm", x(4, 5), 2, [0])

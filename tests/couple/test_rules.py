@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroexapt import map_axes
@@ -123,3 +124,30 @@ def test_groups_of_a_transposed_convolution_are_read_inside() -> None:
         if (place.tensor, place.dim) == ("1.weight", 0)
     }
     assert roles == {2: {"producer"}, 3: {"consumer"}}
+
+
+class JoinedBias(nn.Module):
+    """Attention whose query, key and value are one weight with three biases, concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.out = 2, nn.Linear(12, 3)
+        self.weight = nn.Parameter(torch.randn(36, 5))
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(12)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        qkv = F.linear(x, self.weight, torch.cat((self.q, self.k, self.v)))
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+def test_a_part_of_a_concatenation_stems_from_its_own_segment() -> None:
+    """The left operand of the scores is made by the query's rows and bias, by no other's."""
+    axes = map_axes(JoinedBias(), (torch.randn(2, 7, 5),))
+    [mixer] = [m for width in axes.widths.values() for m in width.mixers if m.sides[0]]
+    told = [{(s.tensor, s.dim): s.positions for s in side} for side in mixer.sides]
+    first, second = tuple(range(12)), tuple(range(12, 24))
+    assert told[0] == {("q", 0): first, ("weight", 0): first}
+    assert told[1] == {("k", 0): first, ("weight", 0): second}

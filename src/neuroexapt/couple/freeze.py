@@ -19,7 +19,7 @@ from neuroexapt.couple.axismap import (
     Width,
 )
 from neuroexapt.couple.index import Expr, Leaf, Product, Sum
-from neuroexapt.couple.site import KEPT, LOST, POSTED, Bind, Dims, Draft, Label, Mark, Mix
+from neuroexapt.couple.site import KEPT, LOST, POSTED, Bind, Dims, Draft, Join, Label, Mark, Mix
 
 # Attributes that repeat a whole channel count say nothing that ".out" does not.
 _PLAIN = {"in_channels", "out_channels", "in_features", "out_features", "num_features"} | {
@@ -245,24 +245,31 @@ def _sides(draft: Draft, labels: Iterable[Label]) -> tuple[Side, ...]:
         elif mark.role == "elementwise" and mark.fill == "mean":
             multiplied.add((mark.label.name, mark.label.dim))
     factors = multiplied - made
+    places = dict[tuple[str, int], set[int]]()
+    for label in labels:
+        places.setdefault((label.name, label.dim), set()).update(_positions(draft, label))
     return tuple(
-        Side(
-            label.name,
-            label.dim,
-            _picked_positions(draft, label),
-            factor=(label.name, label.dim) in factors,
-        )
-        for label in sorted(labels, key=lambda label: (label.name, label.dim))
+        Side(name, dim, tuple(sorted(found)), factor=(name, dim) in factors)
+        for (name, dim), found in sorted(places.items())
+        if found
     )
 
 
-def _picked_positions(draft: Draft, label: Label) -> tuple[int, ...]:
-    """Positions of the parameter dimension that remain after the label's picks."""
+def _positions(draft: Draft, label: Label) -> list[int]:
+    """Positions of the parameter dimension that remain after all steps."""
     whole = draft.parameters[label.name][label.dim]
-    kept = set(range(whole.size))
-    for axis, start, stop in label.picks:
-        kept &= _positions_on(whole, find(axis), start, stop)
-    return tuple(sorted(kept))
+    kept = list(range(whole.size))
+    frame: Axis | None = whole
+    places = dict(zip(kept, kept, strict=True))
+    for step in label.steps:
+        if isinstance(step, Join):
+            # Where not every position of the segment is one of ours, where we are is not known.
+            frame = step.axis if len(kept) == step.size else None
+            places = {position: step.start + number for number, position in enumerate(kept)}
+        elif frame is not None:
+            on = _positions_on(frame, find(step.axis), step.start, step.stop)
+            kept = [position for position in kept if places[position] in on]
+    return kept
 
 
 def _positions_on(whole: Axis, axis: Axis, start: int, stop: int) -> set[int]:

@@ -162,10 +162,8 @@ def convolution(site: Site) -> list[Dims]:
     if not site.is_parameter(weight):
         site.mix(channels, "sum")
     _kernel(site, weight)
-    for axis in site.dims(x)[2:]:
-        site.pin(axis, "neighbours in space")
+    spatial = [_along(site, x, weight, place) for place in range(len(x.shape) - 2)]
     out = site.call.outputs[0]
-    spatial = [site.fixed(n, "a spatial size, computed from the input") for n in out.shape[2:]]
     dims = (batch, outgoing, *spatial)
     produced = site.labels(weight)[1 if transposed and groups == 1 else 0]
     site.set_labels(out, (frozenset(), produced, *([frozenset()] * len(spatial))))
@@ -174,6 +172,19 @@ def convolution(site: Site) -> list[Dims]:
     site.bind("in_channels", [channels])
     site.bind("out_channels", [outgoing])
     return [dims]
+
+
+def _along(site: Site, x: TensorRef, weight: TensorRef, place: int) -> Axis:
+    """A direction in space: a kernel of size 1 without stride or padding leaves it alone."""
+    axis, options = site.axis(x, 2 + place), {"stride": 1, "padding": 0, "output_padding": 0}
+    given = {name: site.setting(name) for name in options}
+    alone = all(v[place if len(v) > 1 else 0] == options[name] for name, v in given.items() if v)
+    if weight.shape[2 + place] == 1 and alone:
+        return axis
+    site.pin(axis, "neighbours in space")
+    return site.fixed(
+        site.call.outputs[0].shape[2 + place], "a spatial size, computed from the input"
+    )
 
 
 def _grouped(

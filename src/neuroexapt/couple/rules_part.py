@@ -8,7 +8,7 @@ from typing import Any
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Label, Site, rule
+from neuroexapt.couple.site import Dims, Label, Pick, Site, rule
 
 Origin = frozenset[Label]
 EQUAL_PARTS = (2, 3, 4)  # a slice that is one of so few equal parts is taken as such
@@ -16,11 +16,8 @@ EQUAL_PARTS = (2, 3, 4)  # a slice that is one of so few equal parts is taken as
 
 def picked(labels: Sequence[Origin], axis: Axis, start: int, stop: int) -> list[Origin]:
     """The labels narrowed to positions start..stop of an axis."""
-    pick = (axis, start, stop)
-    return [
-        frozenset(Label(label.name, label.dim, (*label.picks, pick)) for label in origin)
-        for origin in labels
-    ]
+    pick = Pick(axis, start, stop)
+    return [frozenset(label.then(pick) for label in origin) for origin in labels]
 
 
 @rule("aten.select", "aten.select_copy")

@@ -15,6 +15,8 @@ _LAST_DIM = ("aten.mode", "aten.kthvalue")  # where no dimension is given
 
 @rule(
     "aten.all",
+    "aten._is_all_true",
+    "aten._is_any_true",
     "aten.amax",
     "aten.amin",
     "aten.aminmax",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from neuroexapt.capture import refs_in
+from neuroexapt.capture import TensorRef, refs_in
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Label, Site, rule
+from neuroexapt.couple.site import Dims, Join, Label, Site, place_of, rule
 
 Origin = frozenset[Label]
 
@@ -157,7 +157,9 @@ def expand(site: Site) -> list[Dims]:
     for place, size in enumerate(out.shape[added:]):
         axis = site.axis(x, place)
         dims.append(axis if axis.size == size else site.free(size))
-        repeated |= {place + added} if axis.size != size else set()
+        if axis.size != size:
+            site.pin(axis, "a single position broadcast over many")
+            repeated.add(place + added)
     site.set_labels(out, ((frozenset(),) * added) + site.labels(x))
     site.draft.repeated[out] = frozenset(repeated)
     return [tuple(dims)]
@@ -188,9 +190,20 @@ def cat(site: Site) -> list[Dims]:
             if place != dim:
                 site.same(dims[place], axis)
     dims[dim] = algebra.concat([site.axis(ref, dim) for ref in parts])
-    columns = zip(*(site.labels(ref) for ref in parts), strict=True)
-    site.set_labels(site.call.outputs[0], [frozenset().union(*column) for column in columns])
+    columns = [place_of(column) for column in zip(*map(site.labels, parts), strict=True)]
+    columns[dim] = _joined(site, parts, dim, dims[dim])
+    site.set_labels(site.call.outputs[0], columns)
     return [tuple(dims)]
+
+
+def _joined(site: Site, parts: Sequence[TensorRef], dim: int, whole: Axis) -> Origin:
+    """The labels of all parts, each with the segment that it makes."""
+    joined, start = set[Label](), 0
+    for ref in parts:
+        size = ref.shape[dim]
+        joined |= {label.then(Join(whole, start, size)) for label in site.labels(ref)[dim]}
+        start += size
+    return frozenset(joined)
 
 
 @rule("aten.stack")

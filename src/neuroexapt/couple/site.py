@@ -46,16 +46,37 @@ def rule(*ops: str) -> Callable[[Said], Said]:
 
 
 @dataclass(frozen=True)
+class Pick:
+    """Only positions start..stop of an axis go on (the query part of a fused qkv, say)."""
+
+    axis: Axis
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """The positions become a segment of a longer axis, from ``start`` on (``size`` of them)."""
+
+    axis: Axis
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Label:
     """One dimension of one parameter from which a tensor dimension was made.
 
-    ``picks`` narrows it: only the positions start..stop of that axis inside the dimension
-    (the query part of a fused qkv projection, say).
+    ``steps`` say what became of its positions on the way, in order.
     """
 
     name: str
     dim: int
-    picks: tuple[tuple[Axis, int, int], ...] = ()
+    steps: tuple[Pick | Join, ...] = ()
+
+    def then(self, step: Pick | Join) -> Label:
+        """The label after one more step."""
+        return Label(self.name, self.dim, (*self.steps, step))
 
 
 Labels = tuple[frozenset[Label], ...]
