@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,26 @@ def _same(value: Any, contents: Any) -> bool:
     return {id(item) for item in value} == {id(item) for item in contents}
 
 
+def _caches(model: nn.Module) -> list[Any]:
+    """Functions under ``functools.lru_cache`` beside the classes of the model's modules."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    kinds = {kind for kind in kinds if not kind.__module__.startswith(("torch.", "builtins"))}
+    spaces: list[Mapping[str, Any]] = [vars(kind) for kind in kinds]
+    names = {kind.__module__ for kind in kinds}
+    spaces += [vars(sys.modules[name]) for name in names if name in sys.modules]
+    return [
+        value
+        for space in spaces
+        for value in list(space.values())
+        if isinstance(value, functools._lru_cache_wrapper)
+    ]
+
+
+def _clear(caches: list[Any]) -> None:
+    for cache in caches:
+        cache.cache_clear()
+
+
 def _cpu_fork() -> contextlib.AbstractContextManager[None]:
     return torch.random.fork_rng(devices=())
 
@@ -68,7 +90,10 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
     # Fake tensors log each operator that fails, with its stack; our caller gets the exception.
     silent = logging.getLogger("torch._subclasses.fake_tensor")
     disabled = silent.disabled
+    caches = _caches(model)
     try:
+        # A function that remembers tensors would hand those of another run to this one.
+        _clear(caches)
         silent.disabled = True
         # The fused inference kernel of nn.MultiheadAttention hides the projections inside it.
         torch.backends.mha.set_fastpath_enabled(False)
@@ -77,6 +102,7 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
         with torch.random.fork_rng(devices, device_type=kind) if devices else _cpu_fork():
             yield
     finally:
+        _clear(caches)
         for attributes, old in held:
             _put_back(attributes, old)
         silent.disabled = disabled

@@ -67,6 +67,10 @@ class Mixer:
         scale: ``"inverse_sqrt"`` if the product is divided by the square root of the width.
         over: names of all atoms of the axis it mixes over, this width among them.
         makers: the parameter dimensions that axis stems from, by tensor name and dimension.
+        centred: whether new entries made as the mean of all siblings along the axis are still
+            their mean here; ``"evenly"`` if that holds where an earlier norm's scale is the same
+            for all units (``"yes"``, ``"evenly"``, ``"no"``).
+        silent: whether new entries made zero are still zero here.
     """
 
     kind: str
@@ -80,6 +84,8 @@ class Mixer:
     scale: str = "free"
     over: tuple[str, ...] = ()
     makers: frozenset[tuple[str, int]] = frozenset()
+    centred: str = "yes"
+    silent: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,14 @@ class Width:
         size: number of units.
         appearances: every parameter and buffer dimension that has it.
         mixers: operators that mix over it.
+        multiple: its size must be a multiple of this (a kernel's demand on memory).
     """
 
     name: str
     size: int
     appearances: tuple[Appearance, ...]
     mixers: tuple[Mixer, ...] = ()
+    multiple: int = 1
 
 
 @dataclass(frozen=True)

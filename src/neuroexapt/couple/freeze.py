@@ -19,7 +19,7 @@ from neuroexapt.couple.axismap import (
     Width,
 )
 from neuroexapt.couple.index import Expr, Leaf, Product, Sum
-from neuroexapt.couple.site import Bind, Dims, Draft, Join, Label, Mark, Mix
+from neuroexapt.couple.site import KEPT, LOST, POSTED, Bind, Dims, Draft, Join, Label, Mark, Mix
 
 # Attributes that repeat a whole channel count say nothing that ".out" does not.
 _PLAIN = {"in_channels", "out_channels", "in_features", "out_features", "num_features"} | {
@@ -63,13 +63,15 @@ def freeze(
     _pin_squares(draft)
     names = _name(draft, appearances)
     mixers = _mixers(draft, names)
+    multiples = draft.multiple_of()
     widths, pinned = {}, {}
     for atom, name in names.of.items():
         where = tuple(appearances[atom])
         if atom.pin:
             pinned[name] = Pinned(name, atom.size, atom.pin, where)
         else:
-            widths[name] = Width(name, atom.size, where, tuple(mixers.get(atom, ())))
+            mixed = tuple(mixers.get(atom, ()))
+            widths[name] = Width(name, atom.size, where, mixed, multiples.get(atom, 1))
     return AxisMap(
         widths=widths,
         pinned=pinned,
@@ -210,6 +212,8 @@ def _mixer(draft: Draft, mix: Mix, names: _Names) -> Mixer:
         mix.place,
         over=tuple(names.of[a] for a in dict.fromkeys(algebra.atoms(mix.axis)) if a in names.of),
         makers=frozenset((label.name, label.dim) for label in mix.makers),
+        centred=_centred(draft, mix),
+        silent=mix.entry.zero,
     )
     if mix.kind == "dot":
         sides = tuple(_sides(draft, data[name]) for name in ("left", "right"))
@@ -221,6 +225,16 @@ def _mixer(draft: Draft, mix: Mix, names: _Names) -> Mixer:
         eps=float(data.get("eps", 0.0)),
         eps_attribute=data.get("eps_attribute", ""),
     )
+
+
+def _centred(draft: Draft, mix: Mix) -> str:
+    """A maker can set the mean of the whole axis only if it makes the whole axis."""
+    wanted = set(algebra.atoms(mix.axis))
+    whole = find(mix.axis).form != "sum" and all(
+        wanted <= set(algebra.atoms(draft.parameters[label.name][label.dim]))
+        for label in mix.makers
+    )
+    return {KEPT: "yes", POSTED: "evenly", LOST: "no"}[mix.entry.mean] if whole else "no"
 
 
 def _sides(draft: Draft, labels: Iterable[Label]) -> tuple[Side, ...]:

@@ -100,9 +100,12 @@ class Prober:
             if call.op in ("aten.mul", "aten.div") and _number(call) != _number(new)
         }
 
-    @staticmethod
-    def _grown(atoms: Sequence[Axis]) -> dict[Axis, int]:
-        return {atom: atom.size + _STEPS[i % len(_STEPS)] for i, atom in enumerate(atoms)}
+    def _grown(self, atoms: Sequence[Axis]) -> dict[Axis, int]:
+        multiples = self.draft.multiple_of()
+        return {
+            atom: atom.size + _STEPS[i % len(_STEPS)] * multiples.get(atom, 1)
+            for i, atom in enumerate(atoms)
+        }
 
     def _shapes(self, sizes: Mapping[Axis, int]) -> dict[str, tuple[int, ...]]:
         return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import lcm
 from typing import Any, TypeVar
 
 import torch
@@ -97,11 +98,24 @@ class Mark:
     reads: frozenset[Label] = frozenset()
 
 
+# How the mean of the siblings fares: kept, kept where a norm's scale is even, or lost.
+KEPT, POSTED, LOST = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """New entries along one dimension of a tensor: is their mean kept, and is a zero a zero."""
+
+    mean: int = KEPT
+    zero: bool = True
+
+
 @dataclass(frozen=True)
 class Mix:
     """An operator that mixes over an axis, so that its size or a new entry changes others.
 
-    ``makers`` are the parameter dimensions that the mixed tensor's axis stems from.
+    ``makers`` are the parameter dimensions that the mixed tensor's axis stems from, ``entry`` is
+    what new entries have become when they are mixed.
     ``data`` holds what a mutation needs to keep the function (names of the norm's weight and
     bias, the labels of both sides of a dot product).
     """
@@ -112,6 +126,7 @@ class Mix:
     place: str
     data: Mapping[str, Any]
     makers: frozenset[Label] = frozenset()
+    entry: Entry = field(default_factory=Entry)
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,9 @@ class Draft:
     Attributes:
         numbering: axes whose positions the values of a tensor name (what ``argmax`` gives).
         repeated: dimensions along which a tensor repeats one value (what ``expand`` makes).
+        entries: what new entries have become, for each dimension of a tensor.
+        chance: tensors of random values (the masks of dropout).
+        multiples: axes whose size must stay a multiple of a number.
         taken: tensors whose rows were taken out of a parameter by numbers that the data give.
     """
 
@@ -142,6 +160,18 @@ class Draft:
     numbering: dict[TensorRef, Dims] = field(default_factory=dict)
     repeated: dict[TensorRef, frozenset[int]] = field(default_factory=dict)
     taken: set[TensorRef] = field(default_factory=set)
+    entries: dict[TensorRef, tuple[Entry, ...]] = field(default_factory=dict)
+    chance: set[TensorRef] = field(default_factory=set)
+    multiples: list[tuple[Axis, int]] = field(default_factory=list)
+
+    def multiple_of(self) -> dict[Axis, int]:
+        """What the size of an atom must be a multiple of, where an operator demands it."""
+        found: dict[Axis, int] = {}
+        for axis, multiple in self.multiples:
+            *_, last = algebra.atoms(axis)
+            found[last] = lcm(found.get(last, 1), multiple)
+        return found
+
     marks: dict[Mark, None] = field(default_factory=dict)
     mixes: list[Mix] = field(default_factory=list)
     binds: list[Bind] = field(default_factory=list)
@@ -279,6 +309,17 @@ class Site:
         if found:
             self.draft.binds.append(Bind(self.call.module, attribute, tuple(axes), is_tuple))
         return found
+
+    def aligned(self, axis: Axis, multiple: int) -> None:
+        """Say that the size of an axis must stay a multiple of a number.
+
+        A demand on a product is laid on its last factor; one that it does not meet pins.
+        """
+        *_, last = algebra.atoms(axis)
+        if last.size % multiple:
+            self.pin(axis, f"a kernel demands a multiple of {multiple}")
+        elif multiple > 1:
+            self.draft.multiples.append((axis, multiple))
 
     def groups(self, attribute: str, axis: Axis) -> None:
         """A number of groups given to the operator: the module's attribute, else fixed.

@@ -12,6 +12,7 @@ from neuroexapt.couple import (
     axis as algebra,
 )
 from neuroexapt.couple import (
+    entries,
     rules_attention,
     rules_complex,
     rules_contraction,
@@ -79,10 +80,10 @@ def solve(model: nn.Module, trace: Trace, draft: Draft) -> None:
     _seed(trace, draft)
     dead = _dead(trace)
     for number, call in enumerate(trace.calls):
-        mixes = len(draft.mixes)
-        _apply(Site(call, draft, fields.get(call.module, {})))
-        if number in dead:
-            del draft.mixes[mixes:]
+        mixes, site = len(draft.mixes), Site(call, draft, fields.get(call.module, {}))
+        _apply(site)
+        fresh = [] if number in dead else draft.mixes[mixes:]
+        draft.mixes[mixes:] = [entries.met(site, mix) for mix in fresh]
     for ref in trace.outputs:
         for axis in (*draft.dims.get(ref, ()), *draft.numbering.get(ref, ())):
             algebra.pin(axis, "the model's output is a contract with its caller")
@@ -144,6 +145,7 @@ def _apply(site: Site) -> None:
         return
     for ref, dims in zip(site.call.outputs, outputs, strict=True):
         _assign(site, ref, dims, known=ref in before)
+    entries.follow(site, zip(site.call.outputs, outputs, strict=True))
     _spread_origin(site)
 
 

@@ -56,6 +56,17 @@ def found_widths(axes: AxisMap, at: str) -> tuple[tuple[Width, ...], list[EditEr
         return (), [error]
 
 
+def not_a_multiple(width: Width, size: int) -> EditError:
+    """A size that a kernel over the width cannot take."""
+    low = size // width.multiple * width.multiple
+    return EditError(
+        width.name,
+        seen=f"a size of {size}",
+        needed=f"a multiple of {width.multiple}, which a kernel over this width demands",
+        next_step=f"use to={low or width.multiple} or to={low + width.multiple}",
+    )
+
+
 def units_of(place: str, amount: int | float | None, size: int) -> int:
     """A number of units from a count or a fraction of the size; at least one.
 

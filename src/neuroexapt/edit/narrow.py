@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neuroexapt.couple import AxisMap, Width
-from neuroexapt.edit.base import Edit, found_widths, is_glob, one_of_to_and_by, units_of
+from neuroexapt.edit.base import (
+    Edit,
+    found_widths,
+    is_glob,
+    not_a_multiple,
+    one_of_to_and_by,
+    units_of,
+)
 from neuroexapt.edit.patch import DimEdit, Drawing, Patch, WidthStep, query_scalings
 from neuroexapt.edit.resize import unit_sums
 from neuroexapt.errors import EditError
@@ -103,6 +110,8 @@ class Narrow(Edit):
         if self.to is None:
             removed = units_of(self.at, self.by, width.size)
             size = width.size - removed
+            if several or isinstance(self.by, float):
+                size = -(-size // width.multiple) * width.multiple
             if several:
                 return max(1, size)
         else:
@@ -117,6 +126,8 @@ class Narrow(Edit):
                 f"{width.size}",
                 next_step=f"use to={max(1, width.size // 2)}, or remove the whole layer",
             )
+        if size % width.multiple:
+            raise not_a_multiple(width, size)
         return size
 
     def _check_scores(self, width: Width) -> None:

@@ -9,7 +9,14 @@ from math import sqrt
 from torch import Tensor
 
 from neuroexapt.couple import Appearance, AxisMap, Mixer, Width
-from neuroexapt.edit.base import Edit, found_widths, is_glob, one_of_to_and_by, units_of
+from neuroexapt.edit.base import (
+    Edit,
+    found_widths,
+    is_glob,
+    not_a_multiple,
+    one_of_to_and_by,
+    units_of,
+)
 from neuroexapt.edit.patch import (
     AttributeEdit,
     DimEdit,
@@ -90,13 +97,16 @@ class Widen(Edit):
             raise problems[0]
         drawing, steps, left = Drawing(axes), list[WidthStep](), list[EditError]()
         for found in found_widths(axes, self.at)[0]:
-            if self._unmixable(found):
-                left += self._unmixable(found)
+            problem = next(iter(self._unmixable(found)), None) or _uneven(found, tensors)
+            if problem is not None:
+                left.append(problem)
                 continue
             width = drawing.width(found.name)
             step = _step(drawing, width, self._new_size(width))
             drawing.record(step)
             steps.append(step)
+        if not steps:
+            raise left[0]
         sizes = ", ".join(f"{s.width} to {len(s.positions)}" for s in steps)
         attributes = (*drawing.attributes(axes), *_epsilons(axes, steps))
         kept = "".join(f"; '{error.place}' stays: {error.seen}" for error in left)
@@ -104,7 +114,14 @@ class Widen(Edit):
 
     def _new_size(self, width: Width) -> int:
         if self.to is None:
-            return width.size + units_of(self.at, self.by, width.size)
+            size = width.size + units_of(self.at, self.by, width.size)
+            if isinstance(self.by, float) or is_glob(self.at):
+                size = -(-size // width.multiple) * width.multiple
+            if size % width.multiple:
+                raise not_a_multiple(width, size)
+            return size
+        if self.to % width.multiple:
+            raise not_a_multiple(width, self.to)
         if self.to <= width.size:
             raise EditError(
                 self.at,
@@ -122,6 +139,12 @@ class Widen(Edit):
         scaleless = [m for m in width.mixers if m.kind in _NORMS and not _scales_of(width, m)]
         if supported and scaleless:
             return [_no_scale(width, scaleless[0])]
+        literal = [m for m in width.mixers if m.kind in _NORMS and not m.eps_attribute]
+        if supported and literal:
+            return [_literal_epsilon(width, literal[0])]
+        moved = [m for m in width.mixers if _moves(m)]
+        if supported and moved:
+            return [_moved_on_the_way(width, moved[0])]
         if supported and all(_dot_is_known(m) for m in width.mixers if m.kind == "dot"):
             return []
         mixer = next((m for m in width.mixers if m.kind not in (*_NORMS, "dot")), width.mixers[-1])
@@ -133,6 +156,49 @@ class Widen(Edit):
                 next_step="widen another width; Narrow works on this one",
             )
         ]
+
+
+def _moves(mixer: Mixer) -> bool:
+    """Whether new entries reach a norm as something else than what they were made."""
+    if mixer.kind == "layer_norm":
+        return mixer.centred == "no"
+    return mixer.kind == "mean_square" and not mixer.silent
+
+
+def _moved_on_the_way(width: Width, mixer: Mixer) -> EditError:
+    centre = "the mean of their siblings" if mixer.kind == "layer_norm" else "zero"
+    return EditError(
+        width.name,
+        seen=f"a '{mixer.kind}' over this width behind an operator that new entries do not pass "
+        f"as {centre} ({mixer.place})",
+        needed="a width whose new entries leave the norm's statistics alone",
+        next_step="widen another width; Narrow works on this one",
+    )
+
+
+def _literal_epsilon(width: Width, mixer: Mixer) -> EditError:
+    return EditError(
+        width.name,
+        seen=f"a norm over this width whose epsilon is a number in the code ({mixer.place})",
+        needed="an epsilon held by an attribute of the module (self.eps), to shrink with the norm",
+        next_step="keep it in the module, or widen another width; Narrow works on this one",
+    )
+
+
+def _uneven(width: Width, tensors: Mapping[str, Tensor]) -> EditError | None:
+    """Behind a scale that differs between units, the mean of the units depends on the data."""
+    if not _feeds_itself(width):
+        return None
+    for name in sorted(_norm_tensors(width)[0]):
+        scale = tensors[name].detach()
+        if not scale.is_meta and bool((scale != scale.flatten()[0]).any()):
+            return EditError(
+                width.name,
+                seen=f"'{name}', a norm's scale that differs between units, before another norm",
+                needed="one scale for all units (as before training), or norms before the layers",
+                next_step="widen another width; Narrow works on this one",
+            )
+    return None
 
 
 def _no_scale(width: Width, mixer: Mixer) -> EditError:
@@ -236,10 +302,8 @@ def _sparks(width: Width) -> bool:
 
 
 def _feeds_itself(width: Width) -> bool:
-    """Whether the shift of one norm over the width is part of what another one normalises."""
-    norms = [m for m in width.mixers if m.kind == "layer_norm"]
-    made = {tensor for m in norms for tensor, _ in m.makers}
-    return any(m.bias & made for m in norms)
+    """Whether what one norm over the width puts out is normalised by another one."""
+    return any(m.kind == "layer_norm" and m.centred == "evenly" for m in width.mixers)
 
 
 def _norm_tensors(width: Width) -> tuple[set[str], set[str]]:

@@ -1,0 +1,114 @@
+"""What becomes of the new entries of a width on their way to a norm.
+
+Widen keeps a norm's statistics by making new entries the mean of their siblings (LayerNorm) or
+zero (RMSNorm) where they are made. That holds at the norm only if everything in between keeps
+it: a sum does, an activation does not keep a mean, a sigmoid does not keep a zero. This is
+followed here, operator by operator, for every dimension of every tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from neuroexapt.capture import TensorRef
+from neuroexapt.couple import axis as algebra
+from neuroexapt.couple.axis import Axis, find
+from neuroexapt.couple.site import KEPT, LOST, POSTED, Dims, Draft, Entry, Mix, Site
+
+_LINEAR = {
+    "add", "sub", "neg", "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "contiguous",
+    "dropout", "native_dropout", "view", "_unsafe_view", "reshape", "_reshape_alias", "expand",
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "flatten", "select", "unbind", "slice",
+    "narrow", "split", "split_with_sizes", "chunk", "cat", "concat", "stack", "repeat", "roll",
+    "flip", "index", "index_select", "gather", "embedding", "mean", "sum", "mm", "bmm", "addmm",
+    "baddbmm", "linear", "mv", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math", "scaled_dot_product_attention", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "as_strided",
+    "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d", "constant_pad_nd",
+}  # fmt: skip
+_FACTORS = {"mul", "div"}
+_RANDOM = {"bernoulli", "rand", "rand_like"}
+_KEEP_ZERO = {
+    "abs", "asin", "atan", "celu", "elu", "erf", "expm1", "floor", "gelu", "hardswish", "hardtanh",
+    "leaky_relu", "log1p", "mish", "pow", "prelu", "_prelu_kernel", "relu", "relu6", "round",
+    "selu", "sign", "silu", "sin", "sinh", "sqrt", "square", "tan", "tanh", "trunc",
+    "max_pool1d", "max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "native_batch_norm", "_native_batch_norm_legit_functional", "cudnn_batch_norm",
+    "_native_batch_norm_legit_no_training", "_fused_rms_norm", "rms_norm",
+}  # fmt: skip
+_LAYER_NORMS = {"native_layer_norm", "layer_norm"}
+
+
+def follow(site: Site, outputs: Iterable[tuple[TensorRef, Dims]]) -> None:
+    """Note the state of every output dimension of a call from those of its inputs."""
+    op = site.call.op.removeprefix("aten.").rstrip("_") or site.call.op
+    inputs = site.call.inputs
+    chance = op in _RANDOM or (inputs and all(ref in site.draft.chance for ref in inputs))
+    for ref, dims in outputs:
+        if chance:
+            site.draft.chance.add(ref)
+        site.draft.entries[ref] = tuple(_after(site, op, axis) for axis in dims)
+
+
+def met(site: Site, mix: Mix) -> Mix:
+    """The mix with the state in which new entries of its axis reach it."""
+    data = [ref for ref in site.call.inputs if not site.is_weight(ref)]
+    return replace(mix, entry=joined(entry_of(site.draft, ref, mix.axis) for ref in data))
+
+
+def entry_of(draft: Draft, ref: TensorRef, axis: Axis) -> Entry:
+    """The state of the dimensions of a tensor that share an atom with an axis."""
+    states = draft.entries.get(ref)
+    if states is None:
+        return Entry()
+    return joined(
+        state for own, state in zip(draft.dims[ref], states, strict=True) if _share(own, axis)
+    )
+
+
+def joined(states: Iterable[Entry]) -> Entry:
+    """What is left where several tensors are added up."""
+    found = list(states)
+    return Entry(
+        max((state.mean for state in found), default=KEPT), all(state.zero for state in found)
+    )
+
+
+def _after(site: Site, op: str, axis: Axis) -> Entry:
+    if all(atom.pin for atom in algebra.atoms(axis)):
+        return Entry()  # it never gets new entries
+    # A mask of dropout stands for its mean, which is the same everywhere.
+    given = [ref for ref in site.call.inputs if ref not in site.draft.chance]
+    sharing = [ref for ref in given if _has(site, ref, axis)]
+    data = [ref for ref in sharing if not site.is_weight(ref)]
+    before = joined(entry_of(site.draft, ref, axis) for ref in data)
+    if op in _FACTORS:
+        # By a tensor that has the width as well, or by one that is the same for all units.
+        return Entry(LOST if len(sharing) > 1 else before.mean, _any_zero(site, data, axis))
+    if op in _LINEAR:
+        shifted = op in ("add", "sub") and not isinstance(site.arg(1, "other"), TensorRef)
+        return Entry(before.mean, before.zero and not shifted)
+    if op == "convolution":
+        return Entry(LOST if data else KEPT, before.zero)
+    if op in _LAYER_NORMS:
+        return Entry(max(before.mean, POSTED), site.arg(3, "bias") is None and before.zero)
+    return Entry(LOST, before.zero and op in _KEEP_ZERO)
+
+
+def _any_zero(site: Site, data: list[TensorRef], axis: Axis) -> bool:
+    """Nothing times anything is nothing."""
+    return any(entry_of(site.draft, ref, axis).zero for ref in data) or not data
+
+
+def _has(site: Site, ref: TensorRef, axis: Axis) -> bool:
+    return any(_share(own, axis) for own in site.dims(ref))
+
+
+def _share(a: Axis, b: Axis) -> bool:
+    if find(a) is find(b):
+        return True
+    atoms = set(algebra.atoms(a))
+    return any(atom in atoms for atom in algebra.atoms(b))
