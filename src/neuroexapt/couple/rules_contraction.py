@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Label, Site, rule
+from neuroexapt.couple.site import Dims, Site, place_of, rule
 
 
 def _product(site: Site, left: TensorRef, right: TensorRef, batch: int) -> Dims:
@@ -17,7 +17,9 @@ def _product(site: Site, left: TensorRef, right: TensorRef, batch: int) -> Dims:
     inner = site.same(site.axis(left, -1), site.axis(right, -2))
     _mark(site, left, right, inner)
     dims = (*site.dims(left)[:-1], site.axis(right, -1))
-    site.set_labels(site.call.outputs[0], (*site.labels(left)[:-1], site.labels(right)[-1]))
+    common = [site.labels(left)[place] | site.labels(right)[place] for place in range(batch)]
+    labels = (*common, site.labels(left)[-2], site.labels(right)[-1])
+    site.set_labels(site.call.outputs[0], labels)
     return dims
 
 
@@ -166,7 +168,13 @@ def convolution(site: Site) -> list[Dims]:
     out = site.call.outputs[0]
     dims = (batch, outgoing, *spatial)
     produced = site.labels(weight)[1 if transposed and groups == 1 else 0]
-    site.set_labels(out, (frozenset(), produced, *([frozenset()] * len(spatial))))
+    if groups > 1:
+        produced |= site.labels(x)[1]  # a group stays a group
+    passing = [
+        origin if axis is own else frozenset()
+        for own, axis, origin in zip(site.dims(x)[2:], spatial, site.labels(x)[2:], strict=True)
+    ]
+    site.set_labels(out, (site.labels(x)[0], produced, *passing))
     if bias:
         _channel_bias(site, bias[0], outgoing)
     site.bind("in_channels", [channels])
@@ -241,7 +249,7 @@ def trilinear(site: Site) -> list[Dims]:
     operands, expanded, summed = site.call.args[:3], site.call.args[3:6], site.call.args[6]
     rank = len(operands[0].shape) + len(expanded[0])
     placed = [_spread(ref, added, rank) for ref, added in zip(operands, expanded, strict=True)]
-    dims = []
+    dims, labels = [], []
     for place in range(rank):
         met = [
             (ref, dim) for ref, at in zip(operands, placed, strict=True) if (dim := at[place]) >= 0
@@ -250,9 +258,11 @@ def trilinear(site: Site) -> list[Dims]:
             site.same(site.axis(*met[0]), site.axis(ref, dim))
         if place not in summed:
             dims.append(site.axis(*met[0]))
+            labels.append(place_of(site.labels(ref)[dim] for ref, dim in met))
         elif not any(site.is_parameter(ref) for ref, _ in met):
             site.mix(site.axis(*met[0]), "sum")
     _trilinear_roles(site, operands, placed, summed)
+    site.set_labels(site.call.outputs[0], labels)
     return [tuple(dims)]
 
 
@@ -282,8 +292,11 @@ def cdist(site: Site) -> list[Dims]:
         _batch_axis(site, [left, right], place, out.shape[place])
         for place in range(-len(out.shape), -2)
     ]
-    nowhere = frozenset[Label]()
-    site.set_labels(out, (*[nowhere] * len(batch), site.labels(left)[-2], site.labels(right)[-2]))
+    common = [
+        place_of(site.labels(ref)[p] for ref in (left, right) if len(ref.shape) >= -p)
+        for p in range(-len(out.shape), -2)
+    ]
+    site.set_labels(out, (*common, site.labels(left)[-2], site.labels(right)[-2]))
     return [(*batch, site.axis(left, -2), site.axis(right, -2))]
 
 

@@ -149,6 +149,7 @@ class Draft:
         entries: what new entries have become, for each dimension of a tensor.
         chance: tensors of random values (the masks of dropout).
         multiples: axes whose size must stay a multiple of a number.
+        views: tensors that are another tensor's memory, seen in another way.
         taken: tensors whose rows were taken out of a parameter by numbers that the data give.
     """
 
@@ -159,6 +160,7 @@ class Draft:
     squares: dict[TensorRef, TensorRef] = field(default_factory=dict)
     numbering: dict[TensorRef, Dims] = field(default_factory=dict)
     repeated: dict[TensorRef, frozenset[int]] = field(default_factory=dict)
+    views: dict[TensorRef, TensorRef] = field(default_factory=dict)
     taken: set[TensorRef] = field(default_factory=set)
     entries: dict[TensorRef, tuple[Entry, ...]] = field(default_factory=dict)
     chance: set[TensorRef] = field(default_factory=set)
@@ -255,8 +257,19 @@ class Site:
         return self.draft.labels.get(ref) or (frozenset(),) * len(ref.shape)
 
     def set_labels(self, ref: TensorRef, labels: Iterable[frozenset[Label]]) -> None:
-        """State the origin of an output's dimensions where the default (all) is too wide."""
+        """State the origin of an output's dimensions where it does not simply go by axis."""
         self.draft.labels[ref] = tuple(labels)
+
+    def stems_from(self, ref: TensorRef, sources: Iterable[TensorRef]) -> None:
+        """Add what each dimension has of the sources' axes to where it stems from."""
+        labels = list(self.labels(ref))
+        for source in sources:
+            for axis, origin in zip(self.dims(source), self.labels(source), strict=True):
+                atoms = set(algebra.atoms(axis)) if origin else set[Axis]()
+                for place, own in enumerate(self.dims(ref)):
+                    if not atoms.isdisjoint(algebra.atoms(own)):
+                        labels[place] |= origin
+        self.set_labels(ref, labels)
 
     def role(
         self, ref: TensorRef, dim: int, role: str, fill: str = "mean", part: Axis | None = None
