@@ -28,6 +28,8 @@ from torch import nn
 
 from neuroexapt import AxisMap, map_axes
 from neuroexapt.couple import Leaf
+from neuroexapt.errors import EditError, VerifyError
+from neuroexapt.guard.transaction import Transaction
 
 
 class Gated(nn.Module):
@@ -110,6 +112,40 @@ def test_a_model_without_a_free_width_is_safe_and_not_full() -> None:
     assert result.stages["narrow"].status == "refused"
     assert result.safe
     assert not result.full
+
+
+def _never_verified(*_: Any, **__: Any) -> None:
+    raise VerifyError("output", seen="another", needed="the same", next_step="none")
+
+
+def _never_planned(*_: Any, **__: Any) -> None:
+    raise EditError("body", seen="a norm", needed="none", next_step="another width")
+
+
+@pytest.mark.parametrize(
+    ("apply", "narrow", "widen"),
+    [(_never_verified, "taken back", "taken back"), (_never_planned, "refused", "ok")],
+)
+def test_refusals_are_safe_and_not_full(
+    apply: Callable[..., None], narrow: str, widen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Transaction, "apply", apply)
+    result = check(_case(Gated))
+    assert (result.stages["narrow"].status, result.stages["widen"].status) == (narrow, widen)
+    assert result.safe
+    assert not result.full
+
+
+def test_a_refusal_that_leaves_a_trace_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(self: Transaction, *_: Any, **__: Any) -> None:
+        self.model.eval()
+        self.model.get_submodule("head").bias.data[0] = 7.0  # type: ignore[union-attr, operator]
+        _never_planned()
+
+    monkeypatch.setattr(Transaction, "apply", touched)
+    result = check(_case(Gated))
+    assert result.stages["narrow"].status == result.stages["widen"].status == "wrong"
+    assert not result.safe
 
 
 def test_the_oracles_agree_with_a_right_map() -> None:

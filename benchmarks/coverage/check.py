@@ -58,6 +58,10 @@ class Wrong(Exception):
     """The library did something wrong; the message says what."""
 
 
+class TakenBack(Exception):
+    """The library promised in advance what its own check then found untrue."""
+
+
 class Refused(Exception):
     """A rival said in advance that it does not do this model."""
 
@@ -113,6 +117,8 @@ def _timed(work: Callable[[], str | None]) -> Stage:
     status, reason = "ok", ""
     try:
         reason = work() or ""
+    except (VerifyError, TakenBack) as error:
+        status, reason = "taken back", str(error)
     except NeuroExaptError as error:
         status, reason = "refused", f"{type(error).__name__}: {error}"
     except Refused as error:
@@ -246,7 +252,7 @@ def _widened(bench: Bench, at: str) -> str | None:
             tx.apply(Widen(at, by=0.25), args, kwargs, axes=bench.axes)
     except VerifyError as error:
         _check_untouched(model, before)
-        raise Wrong(f"{at} promised to be exact and was taken back: {error}") from error
+        raise TakenBack(f"{at}: {error}") from error
     except NeuroExaptError as error:
         _check_untouched(model, before)
         return f"{error.place}: {error.seen}"
