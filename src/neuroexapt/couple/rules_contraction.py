@@ -25,12 +25,14 @@ def _product(site: Site, left: TensorRef, right: TensorRef, batch: int) -> Dims:
 
 def _mark(site: Site, left: TensorRef, right: TensorRef, inner: Axis) -> None:
     """Which operand a new position of the summed axis can be silenced in."""
-    if site.is_parameter(right):
+    if site.silences(right, -2):
         site.contract(right, [-2])
         if site.is_parameter(left):
             site.produce(left)
-    elif site.is_parameter(left):
+    elif site.silences(left, -1):
         site.contract(left, [-1])
+        if site.is_parameter(right):
+            site.produce(right)
     elif site.is_weight(left) or site.is_weight(right):
         site.mix(inner, "sum")
     else:
@@ -110,9 +112,9 @@ def mv(site: Site) -> list[Dims]:
     inner = site.same(site.axis(matrix, -1), site.axis(vector, -1))
     if site.is_weight(matrix) and site.is_weight(vector):
         site.mix(inner, "sum")  # a number about the weights, as a step of the power method is
-    elif site.is_parameter(matrix):
+    elif site.silences(matrix, -1):
         site.contract(matrix, [-1])
-    elif site.is_parameter(vector):
+    elif site.silences(vector, -1):
         site.contract(vector, [-1])
     else:
         site.mix(inner, "sum")
@@ -137,7 +139,7 @@ def linear(site: Site) -> list[Dims]:
     """(..., k) with weight (n, k) and bias (n) -> (..., n)."""
     x, weight, *bias = site.call.inputs
     inner = site.same(site.axis(x, -1), site.axis(weight, -1))
-    if site.is_parameter(weight):
+    if site.silences(weight, -1):
         site.contract(weight, [-1])
     else:
         site.mix(inner, "sum")
@@ -161,7 +163,7 @@ def convolution(site: Site) -> list[Dims]:
         raise ValueError("convolution without a batch dimension")
     incoming, outgoing = _grouped(site, weight, channels, groups, transposed)
     site.same(channels, incoming)
-    if not site.is_parameter(weight):
+    if not site.silences(weight, 0 if transposed else 1):
         site.mix(channels, "sum")
     _kernel(site, weight)
     spatial = [_along(site, x, weight, place) for place in range(len(x.shape) - 2)]
@@ -259,7 +261,7 @@ def trilinear(site: Site) -> list[Dims]:
         if place not in summed:
             dims.append(site.axis(*met[0]))
             labels.append(place_of(site.labels(ref)[dim] for ref, dim in met))
-        elif not any(site.is_parameter(ref) for ref, _ in met):
+        elif not any(site.silences(ref, dim) for ref, dim in met):
             site.mix(site.axis(*met[0]), "sum")
     _trilinear_roles(site, operands, placed, summed)
     site.set_labels(site.call.outputs[0], labels)
