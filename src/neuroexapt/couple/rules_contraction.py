@@ -165,7 +165,6 @@ def convolution(site: Site) -> list[Dims]:
     site.same(channels, incoming)
     if not site.silences(weight, 0 if transposed else 1):
         site.mix(channels, "sum")
-    _kernel(site, weight)
     spatial = [_along(site, x, weight, place) for place in range(len(x.shape) - 2)]
     out = site.call.outputs[0]
     dims = (batch, outgoing, *spatial)
@@ -181,20 +180,36 @@ def convolution(site: Site) -> list[Dims]:
         _channel_bias(site, bias[0], outgoing)
     site.bind("in_channels", [channels])
     site.bind("out_channels", [outgoing])
+    site.bind("kernel_size", site.dims(weight)[2:], is_tuple=True)
     return [dims]
 
 
 def _along(site: Site, x: TensorRef, weight: TensorRef, place: int) -> Axis:
-    """A direction in space: a kernel of size 1 without stride or padding leaves it alone."""
-    axis, options = site.axis(x, 2 + place), {"stride": 1, "padding": 0, "output_padding": 0}
-    given = {name: site.setting(name) for name in options}
-    alone = all(v[place if len(v) > 1 else 0] == options[name] for name, v in given.items() if v)
-    if weight.shape[2 + place] == 1 and alone:
-        return axis
-    site.pin(axis, "neighbours in space")
-    return site.fixed(
-        site.call.outputs[0].shape[2 + place], "a spatial size, computed from the input"
+    """A direction in space, after the kernel has gone along it.
+
+    A kernel of size 1 leaves it alone; one as long as the input sums over it, as a matrix does.
+    """
+    axis, kernel = site.axis(x, 2 + place), site.axis(weight, 2 + place)
+    stride, padding, more = (
+        _option(site, name, place) for name in ("stride", "padding", "output_padding")
     )
+    size = site.call.outputs[0].shape[2 + place]
+    if kernel.size == stride == 1 and padding == more == 0:
+        site.pin(kernel, "a kernel size")
+        return axis
+    whole = kernel.size == axis.size and size == 1 and padding == 0
+    if whole and not site.setting("transposed", False) and site.silences(weight, 2 + place):
+        site.same(axis, kernel)
+        site.role(weight, 2 + place, "consumer", "zero")
+    else:
+        site.pin(axis, "neighbours in space")
+        site.pin(kernel, "a kernel size")
+    return site.fixed(size, "a spatial size, computed from the input")
+
+
+def _option(site: Site, name: str, place: int) -> int:
+    given = site.setting(name)
+    return int(given[place if len(given) > 1 else 0])
 
 
 def _grouped(
@@ -229,11 +244,6 @@ def _leading(parts: Sequence[Axis], size: int) -> list[Axis]:
         leading.append(part)
         size //= part.size
     return leading
-
-
-def _kernel(site: Site, weight: TensorRef) -> None:
-    for axis in site.dims(weight)[2:]:
-        site.pin(axis, "a kernel size")
 
 
 def _channel_bias(site: Site, bias: TensorRef, outgoing: Axis) -> None:
