@@ -157,6 +157,8 @@ def views() -> Iterator[RealCall]:
     yield call("block_diag", [x(2, 3), x(3, 4)])
     for op in ("unfold", "unfold_copy"):
         yield call(op, x(4, 6, 3), 1, 2, 2)
+    yield call("slice_backward", x(4, 2, 3), [4, 6, 3], 1, 2, 4, 1)
+    yield call("select_backward", x(4, 3), [4, 6, 3], 1, 2)
     yield call("unfold_backward", x(4, 3, 2), [4, 6], 1, 2, 2)
     for op in ("as_strided", "as_strided_copy"):
         yield call(op, x(4, 6), [3, 2], [2, 1])

@@ -23,7 +23,7 @@ def grouped_mm(site: Site) -> list[Dims]:
     if site.call.op == "aten._grouped_mm":
         for axis in (inner, site.axis(weight, 2)):
             site.aligned(axis, _ALIGNMENT // weight.dtype.itemsize)
-    if site.is_parameter(weight):
+    if site.silences(weight, 1):
         site.contract(weight, [1])
     else:
         site.mix(inner, "sum")

@@ -88,6 +88,18 @@ def overlap(site: Site) -> list[Dims]:
     return [tuple(dims)]
 
 
+@rule("aten.slice_backward", "aten.select_backward")
+def put_back(site: Site) -> list[Dims]:
+    """A part put back into zeros of the whole, where a forward takes a gradient."""
+    x, out = site.call.inputs[0], site.call.outputs[0]
+    dim = int(site.setting("dim")) % len(out.shape)
+    dims = list(site.dims(x))
+    if site.call.op == "aten.slice_backward":
+        site.pin(dims.pop(dim), "a part put back by position")
+    dims.insert(dim, site.fixed(out.shape[dim], "a part put back by position"))
+    return [tuple(dims)]
+
+
 @rule("aten.as_strided", "aten.as_strided_", "aten.as_strided_copy")
 def as_strided(site: Site) -> list[Dims]:
     """A view by strides in memory: any position may land anywhere.

@@ -7,7 +7,7 @@ operators with :func:`rule` and lives in the ``rules_*.py`` file of its family.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any, TypeVar
 
@@ -67,16 +67,22 @@ class Join:
 class Label:
     """One dimension of one parameter from which a tensor dimension was made.
 
-    ``steps`` say what became of its positions on the way, in order.
+    ``steps`` say what became of its positions on the way, in order. ``muted``: zeros in the
+    parameter are no zeros here any more.
     """
 
     name: str
     dim: int
     steps: tuple[Pick | Join, ...] = ()
+    muted: bool = False
 
     def then(self, step: Pick | Join) -> Label:
         """The label after one more step."""
-        return Label(self.name, self.dim, (*self.steps, step))
+        return replace(self, steps=(*self.steps, step))
+
+    def mute(self) -> Label:
+        """The label where zeros in the parameter do not show as zeros."""
+        return replace(self, muted=True)
 
 
 Labels = tuple[frozenset[Label], ...]
@@ -252,6 +258,10 @@ class Site:
         """
         return (self.is_weight(ref) or ref in self.draft.taken) and any(self.labels(ref))
 
+    def silences(self, ref: TensorRef, dim: int) -> bool:
+        """Whether zeros in a parameter make zeros of this tensor along a dimension."""
+        return self.is_parameter(ref) and any(not label.muted for label in self.labels(ref)[dim])
+
     def labels(self, ref: TensorRef) -> Labels:
         """Per dimension, the parameter dimensions it stems from."""
         return self.draft.labels.get(ref) or (frozenset(),) * len(ref.shape)
@@ -278,7 +288,10 @@ class Site:
         axis = part or self.axis(ref, dim)
         reads = self._makers(axis) if role == "consumer" else frozenset[Label]()
         for label in self.labels(ref)[dim]:
-            self.draft.marks[Mark(label, axis, role, fill, reads)] = None
+            if label.muted and role == "consumer":  # nothing is silenced by zeros in it
+                self.draft.marks[Mark(label, axis, "elementwise", "mean", reads)] = None
+            else:
+                self.draft.marks[Mark(label, axis, role, fill, reads)] = None
 
     def setting(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema, else the schema's default."""

@@ -34,6 +34,7 @@ from neuroexapt.couple import (
     rules_view,
 )
 from neuroexapt.couple.axis import Axis
+from neuroexapt.couple.silence import follow_silence
 from neuroexapt.couple.site import RULES, Bind, Dims, Draft, Label, Site, place_of
 
 # Importing a family registers its rules.
@@ -153,6 +154,7 @@ def couple(site: Site) -> None:
     for ref, labels in before.items():
         site.set_labels(ref, map(frozenset.union, labels, site.labels(ref)))
     _follow_views(site)
+    follow_silence(site)
 
 
 def _assign(site: Site, ref: Any, dims: Dims, *, known: bool) -> None:
