@@ -23,6 +23,8 @@ Said = TypeVar("Said", bound=Rule)
 
 RULES: dict[str, Rule] = {}
 
+_MOST_LABELS = 32
+
 
 def rule(*ops: str) -> Callable[[Said], Said]:
     """Register a function as the rule of these operators, any overload of them.
@@ -268,7 +270,11 @@ class Site:
 
     def set_labels(self, ref: TensorRef, labels: Iterable[frozenset[Label]]) -> None:
         """State the origin of an output's dimensions where it does not simply go by axis."""
-        self.draft.labels[ref] = tuple(labels)
+        self.draft.labels[ref] = tuple(
+            # Parts of parts of one weight multiply along a deep stream: then it is all of it.
+            origin if len(origin) <= _MOST_LABELS else frozenset(_whole(label) for label in origin)
+            for origin in labels
+        )
 
     def stems_from(self, ref: TensorRef, sources: Iterable[TensorRef]) -> None:
         """Add what each dimension has of the sources' axes to where it stems from."""
@@ -369,3 +375,7 @@ class Site:
 def place_of(names: Iterable[frozenset[Label]]) -> frozenset[Label]:
     """The union of several label sets."""
     return frozenset().union(*names)
+
+
+def _whole(label: Label) -> Label:
+    return replace(label, steps=())
