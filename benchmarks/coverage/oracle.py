@@ -59,7 +59,7 @@ def permutation(make: Make, axes: AxisMap, args: Args, kwargs: Kwargs) -> Verdic
 
 def silent_units(make: Make, axes: AxisMap, args: Args, kwargs: Kwargs) -> Verdict:
     """Take a quarter of the units out of every width that no operator mixes over."""
-    widths = [width for width in axes.widths.values() if width.size > 1 and not width.mixers]
+    widths = [w for w in axes.widths.values() if w.size > w.multiple and not w.mixers]
     kept = {width.name: _three_quarters(width) for width in widths}
     return _judge(kept, Exam(make, axes, args, kwargs).thinned)
 
@@ -78,8 +78,10 @@ def _shuffled(width: Width) -> Positions:
 
 
 def _three_quarters(width: Width) -> Positions:
-    """What stays, in order, when about a quarter of the units goes."""
-    gone = _random(width).permutation(width.size)[: max(1, width.size // 4)]
+    """What stays, in order, when a quarter of the units or the least that is allowed goes."""
+    least = max(1, width.size // 4)
+    number = -(-least // width.multiple) * width.multiple
+    gone = _random(width).permutation(width.size)[:number]
     return np.setdiff1d(np.arange(width.size, dtype=np.int64), gone)
 
 

@@ -89,6 +89,7 @@ def shapes() -> Iterator[RealCall]:
     yield call("expand_as", x(4, 1), x(3, 4, 5))
     for op in ("repeat", "tile"):
         yield call(op, x(4, 5), [2, 1, 3])
+        yield call(op, x(4, 1), [2, 3])
     yield call("tile", x(4, 5), [3])
     for op in ("concat", "concatenate"):
         yield call(op, [x(4, 5), x(4, 6)], 1)
