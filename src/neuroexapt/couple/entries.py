@@ -105,8 +105,9 @@ def _after(site: Site, op: str, axis: Axis) -> Entry:
 def _attended(site: Site, data: list[TensorRef], axis: Axis) -> Entry:
     """Attention is linear in its values alone: zero queries attend to everything alike."""
     value = site.call.inputs[2]
-    if value not in data:
-        return Entry(LOST, zero=False)
+    own = {atom for part in site.dims(value) for atom in algebra.atoms(part)}
+    if not own.issuperset(atom for atom in algebra.atoms(axis) if not atom.pin):
+        return Entry(LOST, zero=False)  # query heads that share one value
     state = entry_of(site.draft, value, axis)
     return Entry(LOST if len(data) > 1 else state.mean, state.zero)
 
