@@ -9,6 +9,7 @@ that are removed at the end.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from neuroexapt.capture.trace import Call, ModuleRun, Source, TensorRef, Trace
 from neuroexapt.capture.whole import Whole
 from neuroexapt.errors import CaptureError
 
+_DEVICE = torch.ops.prim.device.default
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent.parent)
 _HERE = str(Path(__file__).parent)
@@ -98,8 +100,22 @@ class _Tape:
         return tuple(self.ref(leaf) for leaf in opened(value) if isinstance(leaf, Tensor))
 
     def seal(self, value: Any) -> Any:
-        """The value with each tensor replaced by its ref."""
-        return pytree.tree_map_only(Tensor, self.ref, value)
+        """The arguments of an operator with each tensor replaced by its ref."""
+        if isinstance(value, Tensor):
+            return self.ref(value)
+        if isinstance(value, (tuple, list)):
+            return type(value)([self.seal(item) for item in value])
+        if isinstance(value, dict):
+            return {key: self.seal(item) for key, item in value.items()}
+        return value
+
+    def made(self, value: Any) -> tuple[TensorRef, ...]:
+        """What an operator returned: tensors, alone or in sequences."""
+        if isinstance(value, Tensor):
+            return (self.ref(value),)
+        if isinstance(value, (tuple, list)):
+            return tuple(ref for item in value for ref in self.made(item))
+        return ()
 
     @property
     def module(self) -> str:
@@ -114,12 +130,12 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.tape.inside:
+        if self.tape.inside or func is _DEVICE:  # asked for all the time, and no operator
             return func(*args, **kwargs)
         # Sealed before the call: an in-place operator may change an argument's shape.
         sealed_args, sealed_kwargs = self.tape.seal(args), self.tape.seal(kwargs)
         result = func(*args, **kwargs)
-        outputs = self.tape.refs(result)
+        outputs = self.tape.made(result)
         if outputs:
             namespace, name = func._schema.name.split("::")
             self.tape.calls.append(
@@ -153,13 +169,21 @@ def _user_line() -> Source | None:
     """The innermost line that is neither torch's nor ours; None when we called the model."""
     frame = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_OURS) and not file.startswith(_HERE):
+        whose = _whose(frame.f_code.co_filename)
+        if whose == "caller":
             return None
-        if not file.startswith((_TORCH, _OURS, "<")) and file != contextlib.__file__:
-            return Source(file, frame.f_lineno)
+        if whose == "user":
+            return Source(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+@functools.cache
+def _whose(file: str) -> str:
+    if file.startswith(_OURS) and not file.startswith(_HERE):
+        return "caller"
+    inner = file.startswith((_TORCH, _OURS, "<")) or file == contextlib.__file__
+    return "between" if inner else "user"
 
 
 @contextlib.contextmanager
