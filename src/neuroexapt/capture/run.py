@@ -9,12 +9,9 @@ that are removed at the end.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,14 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neuroexapt.capture.attributes import Attribute, attributes_set
 from neuroexapt.capture.numbers import Number, Watch, attributes_tracked
 from neuroexapt.capture.restore import restored
-from neuroexapt.capture.trace import Call, ModuleRun, Source, TensorRef, Trace
+from neuroexapt.capture.source import user_line
+from neuroexapt.capture.trace import Call, ModuleRun, TensorRef, Trace
 from neuroexapt.capture.whole import Whole
 from neuroexapt.errors import CaptureError
 
 _DEVICE = torch.ops.prim.device.default
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parent.parent)
-_HERE = str(Path(__file__).parent)
 # Ids are unique over all runs of a process, so that refs of two runs never meet.
 _SERIALS = itertools.count()
 
@@ -92,7 +87,7 @@ class _Tape:
         finally:
             self.inside = False
         outputs = self.refs(result)
-        call = Call(op, overload, sealed, {}, outputs, self.module, _user_line(), pointwise=False)
+        call = Call(op, overload, sealed, {}, outputs, self.module, user_line(), pointwise=False)
         self.calls.append(call)
         return result
 
@@ -146,7 +141,7 @@ class _Recorder(TorchDispatchMode):
                     kwargs=sealed_kwargs,
                     outputs=outputs,
                     module=self.tape.module,
-                    source=_user_line(),
+                    source=user_line(),
                     pointwise=torch.Tag.pointwise in func.tags,
                     origins=self.watch.origins(args) if self.watch else {},
                 )
@@ -163,27 +158,6 @@ def opened(value: Any) -> list[Any]:
         elif not isinstance(leaf, nn.Module) and not callable(leaf):
             leaves.extend(pytree.tree_leaves(list(vars(leaf).values())))
     return leaves
-
-
-def _user_line() -> Source | None:
-    """The innermost line that is neither torch's nor ours; None when we called the model."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        whose = _whose(frame.f_code.co_filename)
-        if whose == "caller":
-            return None
-        if whose == "user":
-            return Source(frame.f_code.co_filename, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-@functools.cache
-def _whose(file: str) -> str:
-    if file.startswith(_OURS) and not file.startswith(_HERE):
-        return "caller"
-    inner = file.startswith((_TORCH, _OURS, "<")) or file == contextlib.__file__
-    return "between" if inner else "user"
 
 
 @contextlib.contextmanager
