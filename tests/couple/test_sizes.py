@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from neuroexapt import Narrow, Widen, apply, map_axes
 from neuroexapt.capture import capture
 from neuroexapt.capture.attributes import Attribute, integers, read, write
-from neuroexapt.capture.numbers import Number, matched
+from neuroexapt.capture.numbers import Number, attributes_tracked, matched
 from neuroexapt.capture.trace import Combined, OfAttribute, OfSize
 
 
@@ -200,8 +200,15 @@ def test_a_tracked_run_that_fails_is_run_untracked() -> None:
 
 def test_arithmetic_keeps_origins() -> None:
     n = Number.of(6, OfAttribute(Attribute("m", "n"), 6))
-    for value in (n + 2, 2 + n, n - 2, 9 - n, n * 3, 3 * n, n // 2, 13 // n):
-        assert isinstance(value, Number)
+    with attributes_tracked(nn.Identity()):
+        for value in (n + 2, 2 + n, n - 2, 9 - n, n * 3, 3 * n, n // 2, 13 // n):
+            assert isinstance(value, Number)
+        total = 0
+        for _ in range(100):
+            total += n
+        assert total == 600
+        assert getattr(total, "depth", 0) <= 16  # a history that long is none of a size
+    assert type(n + 1) is int  # outside of a run numbers forget
     assert [int(v) for v in (n + 2, 2 + n, n - 2, 9 - n, n * 3, n // 2, 13 // n)] == [
         *(8, 8, 4, 3, 18, 3, 2)
     ]
@@ -239,3 +246,27 @@ def test_attributes_in_sequences_and_configs() -> None:
     write(model, Attribute("", "config.n.0"), 8)
     assert model.shape == (4, 7)
     assert model.config.n == [8, 5]
+
+
+def test_what_the_forward_keeps_of_sizes_grows_no_history() -> None:
+    """A tracker that a module holds counts on after a map as if there had been none."""
+
+    class Meter:
+        tokens = 0
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.meter, self.body = Meter(), nn.Linear(5, 8)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.meter.tokens += x.shape[0]
+            return self.head(self.body(x) + x.new_zeros(self.meter.tokens, 8).sum(0))
+
+    model, x = Counting(), torch.randn(2, 5)
+    map_axes(model, (x,))
+    for _ in range(30):
+        model(x)
+    assert type(model.meter.tokens) is int
+    assert map_axes(model, (x,)).pinned

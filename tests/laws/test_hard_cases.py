@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from neuroexapt import Narrow, Widen, apply, map_axes
 from neuroexapt.errors import CaptureError, EditError, GuardError, VerifyError
@@ -70,6 +71,39 @@ def test_a_promise_is_relative_to_outputs_however_small() -> None:
     with pytest.raises(VerifyError):
         apply(model, Widen("a.out", by=4), (X,))
     assert model.a.weight.shape == (8, 6)
+
+
+def test_a_promise_is_held_to_what_rounding_does() -> None:
+    """A network that makes much of one rounding is not refused for another order of summation."""
+
+    class Amplifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.h = nn.Linear(6, 67), nn.Linear(67, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(1e4 * self.h(self.a(x).tanh()))
+
+    torch.manual_seed(0)
+    done = apply(Amplifier(), Widen("a.out", by=61), (X,))
+    assert done.max_difference > 1e-5
+
+
+def test_reentrant_checkpoints_take_part() -> None:
+    """They refuse ``autograd.grad``; the check of gradients goes another way."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.m, self.b = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.b(checkpoint(self.m, self.a(x), use_reentrant=True)))
+
+    model = Checkpointed()
+    apply(model, Widen("a", by=1), (X,))
+    assert all(p.grad is None for p in model.parameters())
+    model(X).sum().backward()
 
 
 class RawAttention(nn.Module):

@@ -20,6 +20,10 @@ from torch.overrides import TorchFunctionMode
 from neuroexapt.capture.attributes import integers, read, write
 from neuroexapt.capture.trace import Combined, OfAttribute, OfSize, Origin, Place, TensorRef
 
+# Sizes are computed in a few steps; and only while a run is watched do numbers remember.
+_DEEPEST = 16
+_RUNNING: list[nn.Module] = []
+
 
 class Number(int):
     """A whole number with its origin.
@@ -27,12 +31,12 @@ class Number(int):
     Example:
         >>> from neuroexapt.capture.attributes import Attribute
         >>> n = Number.of(6, OfAttribute(Attribute("attend", "heads"), 6))
-        >>> product = (2 * n).origin
-        >>> product.left, product.sign, product.right.at.name
-        (2, '*', 'heads')
+        >>> n + 1, n.origin.at.name
+        (7, 'heads')
     """
 
     origin: Origin
+    depth: int = 0
 
     @classmethod
     def of(cls, value: int, origin: Origin) -> Number:
@@ -72,7 +76,12 @@ class Number(int):
 def _combined(sign: str, left: int, right: int, value: Any) -> int:
     if type(value) is not int:  # a float, or not a number at all
         return value  # type: ignore[no-any-return]
-    return Number.of(value, Combined(sign, _origin(left), _origin(right)))
+    depth = 1 + max(getattr(left, "depth", 0), getattr(right, "depth", 0))
+    if not _RUNNING or depth > _DEEPEST:
+        return value  # a counter that the user's code keeps must not grow a history
+    number = Number.of(value, Combined(sign, _origin(left), _origin(right)))
+    number.depth = depth
+    return number
 
 
 def _origin(value: int) -> Origin:
@@ -83,6 +92,7 @@ def _origin(value: int) -> Origin:
 def attributes_tracked(model: nn.Module) -> Iterator[None]:
     """Let every whole number that the model holds remember its name, for the block."""
     found = list(integers(model))
+    _RUNNING.append(model)
     try:
         for integer in found:
             write(
@@ -90,6 +100,7 @@ def attributes_tracked(model: nn.Module) -> Iterator[None]:
             )
         yield
     finally:
+        _RUNNING.pop()
         for integer in found:
             # The forward may have counted it on meanwhile, or dropped it.
             with contextlib.suppress(AttributeError, KeyError, IndexError):

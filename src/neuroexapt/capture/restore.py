@@ -8,6 +8,7 @@ import logging
 import random
 import sys
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -110,7 +111,10 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         for attributes, _ in held:
             attributes["training"] = training
-        with torch.random.fork_rng(devices, device_type=kind) if devices else _cpu_fork():
+        fork = torch.random.fork_rng(devices, device_type=kind) if devices else _cpu_fork()
+        # A look without gradients draws warnings that no run of the user's would.
+        with fork, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         _clear(caches)
