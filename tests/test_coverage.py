@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import multiprocessing
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
@@ -26,6 +28,8 @@ from torch import nn
 
 from neuroexapt import AxisMap, map_axes
 from neuroexapt.couple import Leaf
+from neuroexapt.errors import EditError, VerifyError
+from neuroexapt.guard.transaction import Transaction
 
 
 class Gated(nn.Module):
@@ -110,12 +114,46 @@ def test_a_model_without_a_free_width_is_safe_and_not_full() -> None:
     assert not result.full
 
 
+def _never_verified(*_: Any, **__: Any) -> None:
+    raise VerifyError("output", seen="another", needed="the same", next_step="none")
+
+
+def _never_planned(*_: Any, **__: Any) -> None:
+    raise EditError("body", seen="a norm", needed="none", next_step="another width")
+
+
+@pytest.mark.parametrize(
+    ("apply", "narrow", "widen"),
+    [(_never_verified, "taken back", "taken back"), (_never_planned, "refused", "ok")],
+)
+def test_refusals_are_safe_and_not_full(
+    apply: Callable[..., None], narrow: str, widen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Transaction, "apply", apply)
+    result = check(_case(Gated))
+    assert (result.stages["narrow"].status, result.stages["widen"].status) == (narrow, widen)
+    assert result.safe
+    assert not result.full
+
+
+def test_a_refusal_that_leaves_a_trace_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(self: Transaction, *_: Any, **__: Any) -> None:
+        self.model.eval()
+        self.model.get_submodule("head").bias.data[0] = 7.0  # type: ignore[union-attr, operator]
+        _never_planned()
+
+    monkeypatch.setattr(Transaction, "apply", touched)
+    result = check(_case(Gated))
+    assert result.stages["narrow"].status == result.stages["widen"].status == "wrong"
+    assert not result.safe
+
+
 def test_the_oracles_agree_with_a_right_map() -> None:
     model, axes, args = _mapped()
-    assert permutation(model, axes, args, {}).wrong == {}
-    assert permutation(model, axes, args, {}).checked == 2
-    assert silent_units(model, axes, args, {}).wrong == {}
-    assert silent_units(model, axes, args, {}).checked == 1
+    assert permutation(lambda: copy.deepcopy(model), axes, args, {}).wrong == {}
+    assert permutation(lambda: copy.deepcopy(model), axes, args, {}).checked == 2
+    assert silent_units(lambda: copy.deepcopy(model), axes, args, {}).wrong == {}
+    assert silent_units(lambda: copy.deepcopy(model), axes, args, {}).checked == 1
 
 
 @pytest.mark.parametrize("place", [("gate.weight", 0), ("norm.weight", 0), ("hidden.weight", 1)])
@@ -123,7 +161,9 @@ def test_permutation_notices_a_tensor_that_the_map_has_missed(place: tuple[str, 
     model, axes, args = _mapped()
     with torch.no_grad():
         model.get_parameter("norm.weight").copy_(torch.arange(8.0))
-    wrong = permutation(model, _without_appearance(axes, *place), args, {}).wrong
+    wrong = permutation(
+        lambda: copy.deepcopy(model), _without_appearance(axes, *place), args, {}
+    ).wrong
     assert list(wrong) == ["body.out"]
 
 
@@ -132,8 +172,10 @@ def test_silent_units_notice_a_map_that_ties_the_wrong_tensors() -> None:
     # Both widths have eight units, so exchanged sides of a weight fit in shape.
     first, second = axes.tensors["hidden.weight"]
     tensors = {**axes.tensors, "hidden.weight": (second, first)}
-    assert silent_units(model, replace(axes, tensors=tensors), args, {}).wrong
-    assert permutation(model, replace(axes, tensors=tensors), args, {}).wrong
+    assert silent_units(
+        lambda: copy.deepcopy(model), replace(axes, tensors=tensors), args, {}
+    ).wrong
+    assert permutation(lambda: copy.deepcopy(model), replace(axes, tensors=tensors), args, {}).wrong
 
 
 def test_widths_of_two_units_cannot_hide_each_other() -> None:
@@ -142,8 +184,27 @@ def test_widths_of_two_units_cannot_hide_each_other() -> None:
     axes = map_axes(model, args)
     first, second = axes.tensors["2.weight"]
     mixed = replace(axes, tensors={**axes.tensors, "2.weight": (second, first)})
-    assert permutation(model, axes, args, {}).wrong == {}
-    assert permutation(model, mixed, args, {}).wrong
+    assert permutation(lambda: copy.deepcopy(model), axes, args, {}).wrong == {}
+    assert permutation(lambda: copy.deepcopy(model), mixed, args, {}).wrong
+
+
+class Noisy(nn.Module):
+    """Noise for each unit, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.dropout(self.body(x), 0.5, training=True)
+        return self.head(hidden + torch.randn_like(hidden) + torch.rand(8))
+
+
+def test_chance_is_no_failure() -> None:
+    model, args = Noisy(), (torch.randn(3, 5),)
+    axes = map_axes(model, args)
+    assert permutation(lambda: copy.deepcopy(model), axes, args, {}).wrong == {}
+    assert silent_units(lambda: copy.deepcopy(model), axes, args, {}).wrong == {}
 
 
 def test_a_fingerprint_sees_tensors_attributes_and_flags() -> None:
@@ -160,8 +221,9 @@ def test_a_fingerprint_sees_tensors_attributes_and_flags() -> None:
 
 def test_a_fingerprint_sees_into_a_config() -> None:
     model = Gated()
-    model.config = SimpleNamespace(heads=4, inner={"width": 8})
+    model.config = SimpleNamespace(heads=4, inner={"width": 8}, refs=[weakref.ref(model.head)])
     before = fingerprint(model)
+    model.config.refs = [weakref.ref(model.head)]
     assert changed(model, before) == []
     model.config.inner["width"] = 9
     assert changed(model, before) == [" config.inner.width"]

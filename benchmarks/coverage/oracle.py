@@ -8,7 +8,6 @@ positional meaning for a width fails one of them.
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -42,17 +41,27 @@ class Verdict:
     wrong: Mapping[str, str]
 
 
-def permutation(model: nn.Module, axes: AxisMap, args: Args, kwargs: Kwargs) -> Verdict:
-    """Change the order of the units of every width."""
+Make = Callable[[], nn.Module]
+
+
+def permutation(make: Make, axes: AxisMap, args: Args, kwargs: Kwargs) -> Verdict:
+    """Change the order of the units of every width.
+
+    Args:
+        make: makes the model, always with the same weights.
+        axes: its map.
+        args: positional example input.
+        kwargs: keyword example input.
+    """
     orders = {width.name: _shuffled(width) for width in axes.widths.values() if width.size > 1}
-    return _judge(orders, Exam(model, axes, args, kwargs).permuted)
+    return _judge(orders, Exam(make, axes, args, kwargs).permuted)
 
 
-def silent_units(model: nn.Module, axes: AxisMap, args: Args, kwargs: Kwargs) -> Verdict:
+def silent_units(make: Make, axes: AxisMap, args: Args, kwargs: Kwargs) -> Verdict:
     """Take a quarter of the units out of every width that no operator mixes over."""
-    widths = [width for width in axes.widths.values() if width.size > 1 and not width.mixers]
+    widths = [w for w in axes.widths.values() if w.size > w.multiple and not w.mixers]
     kept = {width.name: _three_quarters(width) for width in widths}
-    return _judge(kept, Exam(model, axes, args, kwargs).thinned)
+    return _judge(kept, Exam(make, axes, args, kwargs).thinned)
 
 
 def _random(width: Width) -> np.random.Generator:
@@ -69,8 +78,10 @@ def _shuffled(width: Width) -> Positions:
 
 
 def _three_quarters(width: Width) -> Positions:
-    """What stays, in order, when about a quarter of the units goes."""
-    gone = _random(width).permutation(width.size)[: max(1, width.size // 4)]
+    """What stays, in order, when a quarter of the units or the least that is allowed goes."""
+    least = max(1, width.size // 4)
+    number = -(-least // width.multiple) * width.multiple
+    gone = _random(width).permutation(width.size)[:number]
     return np.setdiff1d(np.arange(width.size, dtype=np.int64), gone)
 
 
@@ -91,42 +102,48 @@ def _judge(orders: Order, measure: Callable[[Order], str | None]) -> Verdict:
 
 
 class Exam:
-    """A model in double precision where it allows that, with its outputs."""
+    """A model in double precision where it allows that, with its outputs.
 
-    def __init__(self, model: nn.Module, axes: AxisMap, args: Args, kwargs: Kwargs) -> None:
+    Each look takes a fresh one: some models keep what they computed from their weights.
+    """
+
+    def __init__(self, make: Make, axes: AxisMap, args: Args, kwargs: Kwargs) -> None:
         self.axes = axes
+        self.tolerance = TOLERANCE[torch.float64]
+        self.make: Make = lambda: make().double()
+        self.args, self.kwargs = _doubled((args, dict(kwargs)))
         try:
-            self.model = copy.deepcopy(model).double()
-            self.args, self.kwargs = _doubled((args, dict(kwargs)))
-            self.outputs = self._given(self.model)
-            self.tolerance = TOLERANCE[torch.float64]
+            self.outputs = self._run(self.make())
         except (RuntimeError, ValueError, TypeError):
-            self.model, self.args, self.kwargs = copy.deepcopy(model), args, dict(kwargs)
-            self.outputs = self._given(self.model)
             self.tolerance = TOLERANCE[torch.float32]
+            self.make, self.args, self.kwargs = make, args, dict(kwargs)
+            self.outputs = self._run(self.make())
 
     def permuted(self, orders: Order) -> str | None:
         """What differs when units change their order; None if nothing does."""
-        model = copy.deepcopy(self.model)
+        model = self.make()
         reindex(model, self.axes, orders)
         return self._compare(model, self.outputs)
 
     def thinned(self, kept: Order) -> str | None:
         """What differs when silent units are taken out; None if nothing does."""
-        model = copy.deepcopy(self.model)
-        for name, order in kept.items():
-            silence(model, self.axes, self.axes.widths[name], order)
-        before = self._given(model)
+        before = self._run(self._silenced(kept))
+        model = self._silenced(kept)
         reindex(model, self.axes, kept)
         return self._compare(model, before)
 
-    def _given(self, model: nn.Module) -> list[Tensor]:
-        # A copy runs: some models keep what they computed from their weights (a cached bias).
-        return run(copy.deepcopy(model), self.args, self.kwargs)
+    def _silenced(self, kept: Order) -> nn.Module:
+        model = self.make()
+        for name, order in kept.items():
+            silence(model, self.axes, self.axes.widths[name], order)
+        return model
+
+    def _run(self, model: nn.Module) -> list[Tensor]:
+        return run(model, self.args, self.kwargs)
 
     def _compare(self, model: nn.Module, before: list[Tensor]) -> str | None:
         try:
-            gap = difference(run(model, self.args, self.kwargs), before)
+            gap = difference(self._run(model), before)
         except Exception as error:  # whatever user code raises is the finding
             return f"{type(error).__name__}: {error}"[:300]
         return None if gap <= self.tolerance else f"relative difference {gap:.1e}"

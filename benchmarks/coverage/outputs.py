@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 SEED = 20
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
+
+
+class WithoutChance(TorchDispatchMode):
+    """Random operators give one value everywhere, so that units may change places.
+
+    Noise that is drawn for each unit is not the same noise for the same unit at another place.
+    """
+
+    _VALUES: ClassVar = {
+        "rand": 0.5,
+        "rand_like": 0.5,
+        "uniform_": 0.5,
+        "randn": 0.0,
+        "randn_like": 0.0,
+        "normal_": 0.0,
+        "exponential_": 1.0,
+    }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.partition("::")[2]
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+        if name == "bernoulli_" and not isinstance(chance, Tensor):
+            return args[0].fill_(chance)
+        result = func(*args, **kwargs)
+        return result.fill_(self._VALUES[name]) if name in self._VALUES else result
 
 
 def tensors_of(result: Any) -> list[Tensor]:
@@ -29,10 +59,10 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 
 def run(model: nn.Module, args: Args, kwargs: Kwargs, *, training: bool = False) -> list[Tensor]:
-    """Outputs without a graph; the inputs are copied and the seed is always the same."""
+    """Outputs without a graph and without chance; the inputs are copied."""
     args, kwargs = copy.deepcopy((args, dict(kwargs)))
     torch.manual_seed(SEED)
-    with torch.no_grad():
+    with torch.no_grad(), WithoutChance():  # type: ignore[no-untyped-call]
         return tensors_of(model.train(training)(*args, **kwargs))
 
 
@@ -96,7 +126,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules(remove_duplicate=False):
         print_[f"{path} class"] = type(module)
         for name, value in _held(vars(module), ""):
-            print_[f"{path} {name}"] = copy.deepcopy(value) if _is_data(value) else str(value)
+            print_[f"{path} {name}"] = copy.deepcopy(value) if _is_data(value) else _shown(value)
     tensors = {**dict(_all_parameters(model)), **dict(model.named_buffers(remove_duplicate=False))}
     for name, tensor in tensors.items():
         print_[f"{name} tensor"] = (id(tensor), tensor.requires_grad, tensor.detach().clone())
@@ -130,6 +160,12 @@ def _all_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def _is_data(value: Any) -> bool:
     leaves = pytree.tree_leaves(value)
     return all(isinstance(leaf, (bool, int, float, str, type(None))) for leaf in leaves)
+
+
+def _shown(value: Any) -> list[str]:
+    """Leaves that are no data as text; a weak reference is what it refers to."""
+    leaves = pytree.tree_leaves(value)
+    return [str(id(leaf()) if isinstance(leaf, weakref.ref) else leaf) for leaf in leaves]
 
 
 def _same(a: Any, b: Any) -> bool:

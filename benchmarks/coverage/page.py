@@ -26,11 +26,10 @@ gone; widening keeps the outputs to 1e-5 wherever it is not refused in advance; 
 oracles agree with the map. *Permutation*: the units of every width change places in all tensors
 that the map names, in double precision, and the outputs stay. *Silent units*: a quarter of the
 units of every width that no operator mixes over is made silent, taken out by plain indexing, and
-the outputs stay. **safe**: each step came true or was refused with a reason, and the model was
-untouched bit
-for bit. **share**: parameters in tensors with at least one resizable width. **left**: parameters
-left after narrowing. **map**: processor seconds for a map (median of 3, one thread). Each model
-runs in a process of its own.
+the outputs stay. **safe**: each step came true, or was refused in advance or taken back by the
+library's own check with a reason, and the model was untouched bit for bit. **share**: parameters in
+tensors with at least one resizable width. **left**: parameters left after narrowing. **map**:
+processor seconds for a map (median of 3, one thread). Each model runs in a process of its own.
 """
 
 

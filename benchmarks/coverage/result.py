@@ -16,9 +16,10 @@ class Stage:
     """How a stage ended.
 
     Attributes:
-        status: ``"ok"``, ``"refused"`` (with a reason, the model untouched), ``"little"``
-            (narrowed, but too few parameters gone), ``"wrong"``, ``"crash"``, ``"hang"``,
-            ``"skipped"``.
+        status: ``"ok"``, ``"refused"`` (in advance, with a reason, the model untouched),
+            ``"taken back"`` (made, found wrong by the library's own check, the model untouched),
+            ``"little"`` (narrowed, but too few parameters gone), ``"wrong"``, ``"crash"``,
+            ``"hang"``, ``"skipped"``.
         reason: why it is not ok; or what is worth saying.
         seconds: wall time.
     """
@@ -54,8 +55,8 @@ class Result:
 
     @property
     def safe(self) -> bool:
-        """Each stage came true or was refused with a reason and the model untouched."""
-        good = ("ok", "refused", "little", "skipped")
+        """Each stage came true, or was refused or taken back with a reason, the model untouched."""
+        good = ("ok", "refused", "taken back", "little", "skipped")
         own = [self.stages[name].status for name in STAGES if name in self.stages]
         return len(own) == len(STAGES) and all(status in good for status in own)
 

@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.coverage import rivals
 from benchmarks.coverage.case import Case, all_cases
-from benchmarks.coverage.check import check
-from benchmarks.coverage.result import STAGES, Result, Stage
+from benchmarks.coverage.check import check, check_rival
+from benchmarks.coverage.result import Result, Stage
 
 # Imported once by the server that the children are forked from.
 _PRELOADED = ("benchmarks.coverage.check", "transformers.modeling_utils", "torchvision", "timm")
@@ -34,9 +35,17 @@ def results(
     context = multiprocessing.get_context("forkserver")
     present = [name for name in _PRELOADED if find_spec(name.partition(".")[0])]
     context.set_forkserver_preload(present)
-    work = partial(_check_by_name, timings)
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda case: isolated(work, case.name, limit), cases)
+        yield from pool.map(lambda case: _result(case.name, limit, timings), cases)
+
+
+def _result(name: str, limit: float, timings: int) -> Result:
+    """Our stages in one child, each rival in another, since one may hang."""
+    result = isolated(partial(_check_by_name, timings), name, limit)
+    for rival in rivals.installed():
+        other = isolated(partial(_check_rival_by_name, rival), name, limit / 3)
+        result.stages[rival] = other.stages.get(rival) or other.stages["build"]
+    return result
 
 
 def isolated(work: Callable[[str, Connection], None], name: str, limit: float) -> Result:
@@ -55,9 +64,8 @@ def isolated(work: Callable[[str, Connection], None], name: str, limit: float) -
     result, stage = Result(name), "build"
     try:
         while stage:
-            patience = limit if stage in ("build", *STAGES) else limit / 3
-            if not receiver.poll(patience):
-                result.stages[stage] = Stage("hang", f"no end within {patience:.0f} s", patience)
+            if not receiver.poll(limit):
+                result.stages[stage] = Stage("hang", f"no end within {limit:.0f} s", limit)
                 break
             stage, result = receiver.recv()
     except EOFError:
@@ -80,6 +88,13 @@ def _check_by_name(timings: int, name: str, sender: Connection) -> None:
         sender.send((stage, result))
 
     sender.send(("", check(case, notify, timings=timings)))
+
+
+def _check_rival_by_name(rival: str, name: str, sender: Connection) -> None:
+    _quiet()
+    [case] = [case for case in all_cases() if case.name == name]
+    sender.send((rival, Result(name)))
+    sender.send(("", Result(name, {rival: check_rival(case, rival)})))
 
 
 def _quiet() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -59,7 +60,8 @@ def installed() -> bool:
 def build(model_class: str, settings: Mapping[str, Any]) -> nn.Module:
     """A model of this class from its own configuration class."""
     kind = getattr(importlib.import_module("transformers"), model_class)
-    model: nn.Module = kind(kind.config_class(**settings))
+    # Copied, since configurations keep the lists that they are given.
+    model: nn.Module = kind(kind.config_class(**copy.deepcopy(dict(settings))))
     return model
 
 

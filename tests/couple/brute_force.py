@@ -10,7 +10,8 @@ run by itself with the values it was called with:
   weights that read it, change it in all other inputs; no other position of the outputs may
   change. An axis that is summed over in silence fails here.
 
-Pinned axes claim nothing and are left alone.
+Pinned axes claim nothing and are left alone. A third claim needs no numbers: where a dimension of
+the result has an axis of an operand, it *stems from* what that operand stems from.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,8 +31,8 @@ from neuroexapt.capture import Call, TensorRef
 from neuroexapt.couple import Expr, Leaf, Product, Sum, source_index, unit_of
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis, find
-from neuroexapt.couple.rules_pointwise import pointwise
 from neuroexapt.couple.site import RULES, Dims, Draft, Label, Rule, Site
+from neuroexapt.couple.solve import couple
 
 _UNITS = 4  # positions of an axis that are tried one by one
 
@@ -128,6 +130,7 @@ class Claim:
     inputs: list[Dims]
     outputs: list[Dims]
     draft: Draft
+    given: list[TensorRef]
     made: tuple[TensorRef, ...]
 
     def atoms(self) -> list[Axis]:
@@ -161,7 +164,7 @@ class Claim:
 
 
 def claim(call: RealCall, rule: Rule | None = None) -> Claim:
-    """Apply the operator's rule to the call alone."""
+    """Apply the operator's rule to the call alone, on axes of which nothing else is known."""
     outputs, same = call.run(call.tensors)
     refs = [TensorRef(-1 - n, tuple(t.shape), t.dtype) for n, t in enumerate(call.tensors)]
     by_id = {id(tensor): ref for tensor, ref in zip(call.tensors, refs, strict=True)}
@@ -171,29 +174,19 @@ def claim(call: RealCall, rule: Rule | None = None) -> Claim:
         else TensorRef(-1001 - n, tuple(out.shape), out.dtype)
         for n, (out, place) in enumerate(zip(outputs, same, strict=True))
     )
-    draft = Draft()
-    weights = set(map(id, call.weights))
-    for number, (tensor, ref) in enumerate(zip(call.tensors, refs, strict=True)):
+    draft = Draft(weights={by_id[id(tensor)] for tensor in call.weights})
+    for ref in refs:
         draft.dims[ref] = tuple(map(Axis, ref.shape))
-        if id(tensor) in weights:
-            draft.weights.add(ref)
-            draft.labels[ref] = tuple(
-                frozenset([Label(str(number), dim)]) for dim in range(len(ref.shape))
-            )
+        draft.labels[ref] = tuple(frozenset([Label(str(ref.id), d)]) for d in range(len(ref.shape)))
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: by_id[id(t)], (call.args, call.kwargs))
     is_pointwise = torch.Tag.pointwise in call.func.tags
     recorded = Call(
         call.op, call.func._overloadname, args, kwargs, made, "m", None, pointwise=is_pointwise
     )
-    rule = rule or RULES.get(call.op) or (pointwise if is_pointwise else None)
-    assert rule is not None, f"{call.op} has no rule"
-    site = Site(recorded, draft, _AnyField())
-    result = [tuple(dims) for dims in rule(site)]
-    for ref, dims in zip(made, result, strict=True):
-        assert tuple(axis.size for axis in dims) == ref.shape, (call.op, dims, ref.shape)
-        for old, new in zip(draft.dims.get(ref, ()), dims, strict=ref in draft.dims):
-            site.same(old, new)
-    return Claim([draft.dims[ref] for ref in refs], result, draft, made)
+    with mock.patch.dict(RULES, {call.op: rule} if rule else {}):
+        couple(Site(recorded, draft, _AnyField()))
+    assert not draft.unknown, f"the rule of {call.op} does not understand this call"
+    return Claim([draft.dims[r] for r in refs], [draft.dims[r] for r in made], draft, refs, made)
 
 
 def complaints(call: RealCall, rule: Rule | None = None) -> Iterator[str]:
@@ -201,12 +194,42 @@ def complaints(call: RealCall, rule: Rule | None = None) -> Iterator[str]:
     said = claim(call, rule)
     if "empty" in call.op:
         return  # no values yet
+    yield from _origin_lost(call, said)
     mixed = said.mixed()
     for atom in said.atoms():
         if not _is_twice_in_one(said, atom):
             yield from _order_matters(call, said, atom)
             if atom not in mixed:
                 yield from _others_change(call, said, atom)
+
+
+# A norm's scale and shift, a mask on scores, and what is only looked at for its shape.
+_NO_ORIGIN = (
+    "attention",
+    "norm",
+    "_like",
+    "zero",
+    "fill",
+    "full",
+    "new_",
+    "quantize",
+    "max_unpool",
+    "detach_",
+)
+
+
+def _origin_lost(call: RealCall, said: Claim) -> Iterator[str]:
+    if any(word in call.op for word in _NO_ORIGIN):
+        return
+    for number, (ref, dims) in enumerate(zip(said.made, said.outputs, strict=True)):
+        for axis, labels in zip(dims, said.draft.labels[ref], strict=True):
+            atoms = {atom for atom in algebra.atoms(axis) if not atom.pin and atom.size > 1}
+            for given, own in zip(said.given, said.inputs, strict=True):
+                here = [d for d, a in enumerate(own) if not atoms.isdisjoint(algebra.atoms(a))]
+                told = {label.dim for label in labels if label.name == str(given.id)}
+                numbers = given.dtype.is_floating_point and ref.dtype.is_floating_point
+                if numbers and here and told.isdisjoint(here):
+                    yield f"{call.op}: output {number} does not stem from input {given.id}"
 
 
 def frozen(axis: Axis) -> Expr:
@@ -256,7 +279,7 @@ def _others_change(call: RealCall, said: Claim, atom: Axis) -> Iterator[str]:
         quiet, other = [], []
         for number, (tensor, dims) in enumerate(zip(call.tensors, said.inputs, strict=True)):
             reads = weights[number] and any(
-                (str(number), place) in readers and atom in set(algebra.atoms(axis))
+                (str(said.given[number].id), place) in readers and atom in set(algebra.atoms(axis))
                 for place, axis in enumerate(dims)
             )
             on = _on_unit(dims, atom, unit, tensor)

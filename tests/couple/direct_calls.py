@@ -88,6 +88,8 @@ def _contractions() -> Iterator[RealCall]:
         "_convolution", x(2, 4, 5), w(6, 2, 3), w(6), [1], [1], [1], False, [0], 2, *flags, True
     )
     yield call("convolution", x(2, 4, 5), x(6, 4, 3), None, [1], [1], [1], False, [0], 1)
+    whole_input = w(3, 4, 2, 6), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    yield call("convolution", x(2, 4, 5, 6), *whole_input)
     for options in (([1, 1], [0, 0]), ([2, 1], [0, 0]), ([1, 1], [1, 0])):
         steps, padding = options
         yield call(

@@ -89,6 +89,7 @@ def shapes() -> Iterator[RealCall]:
     yield call("expand_as", x(4, 1), x(3, 4, 5))
     for op in ("repeat", "tile"):
         yield call(op, x(4, 5), [2, 1, 3])
+        yield call(op, x(4, 1), [2, 3])
     yield call("tile", x(4, 5), [3])
     for op in ("concat", "concatenate"):
         yield call(op, [x(4, 5), x(4, 6)], 1)
@@ -157,6 +158,8 @@ def views() -> Iterator[RealCall]:
     yield call("block_diag", [x(2, 3), x(3, 4)])
     for op in ("unfold", "unfold_copy"):
         yield call(op, x(4, 6, 3), 1, 2, 2)
+    yield call("slice_backward", x(4, 2, 3), [4, 6, 3], 1, 2, 4, 1)
+    yield call("select_backward", x(4, 3), [4, 6, 3], 1, 2)
     yield call("unfold_backward", x(4, 3, 2), [4, 6], 1, 2, 2)
     for op in ("as_strided", "as_strided_copy"):
         yield call(op, x(4, 6), [3, 2], [2, 1])

@@ -76,6 +76,15 @@ ROWS = (
         (2, 3, 4),
     ),
     Row(
+        "kernel over a whole input",
+        lambda: nn.Sequential(
+            nn.Linear(5, 6), nn.Unflatten(1, (1, 7)), nn.Conv2d(1, 4, (2, 6)), nn.Conv2d(4, 2, 1)
+        ),
+        TOKENS,
+        (4, 6),
+        "a kernel size",
+    ),
+    Row(
         "embedding",
         lambda: Weighted(lambda x, e, w: F.embedding(x.long().abs() % 9, e) @ w, (9, 6), (6, 2)),
         VECTOR,

@@ -145,7 +145,7 @@ INDEX_ROWS = (
         "experts together",
         lambda: Between(nn.Linear(5, 8), Experts(True), nn.Linear(8, 3)),
         VECTOR,
-        (2, 3),
+        (8, 12),
         "rows go to the experts",
     ),
     Row("matrices by number", Picked, VECTOR, (4, 6), "index tensor"),

@@ -207,6 +207,18 @@ WHOLE_ROWS = (
         VECTOR,
         (6,),
     ),
+    Row(
+        "read through an exponential",
+        lambda: Weighted(lambda x, a, b: x @ (a @ b.exp()), (5, 6), (6, 3)),
+        VECTOR,
+        (6,),
+    ),
+    Row(
+        "read through exponentials alone",
+        lambda: Weighted(lambda x, a, b: (x @ a) @ b.exp(), (5, 6), (6, 3)),
+        VECTOR,
+        (6,),
+    ),
     Row("autograd function", vector(lambda x: Straight.apply(x)), VECTOR, (6,)),
     Row("checkpoint", vector(lambda x: checkpoint(F.gelu, x, use_reentrant=False)), VECTOR, (6,)),
 )

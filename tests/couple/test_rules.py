@@ -48,6 +48,8 @@ def test_a_silent_unit_can_be_taken_out(row: Row) -> None:
     for width in axes.widths.values():
         if any(m.kind != "dot" or m.scale == "inverse_sqrt" for m in width.mixers):
             continue  # a silent unit still counts in what the others become
+        if width.multiple > 1:
+            continue  # one unit less is a size that the kernel does not take
         for unit in range(width.size):
             assert worst_difference(model, args, axes, width, unit) < TOLERANCE, width.name
 

@@ -162,11 +162,12 @@ def _ints(value: Any) -> Iterator[int]:
         yield from _ints((value.start, value.stop, value.step))
 
 
-def matched(given: Sequence[int], args: Iterable[Any]) -> dict[Place, Origin]:
+def matched(given: Sequence[int], args: Sequence[Any]) -> dict[Place, Origin]:
     """Give each plain number of ``args`` the origin of the number it was made from.
 
     One by one where a list of ``args``, or all its numbers, are those given (-1 stands for
-    any); else by value, unless two numbers given have that value and different origins.
+    any); else by value, unless two numbers given have that value and different origins. In a
+    list of sizes that torch made itself, only a size that repeats something is one given.
 
     Example:
         >>> from neuroexapt.capture.attributes import Attribute
@@ -188,8 +189,20 @@ def matched(given: Sequence[int], args: Iterable[Any]) -> dict[Place, Origin]:
     return {
         place: next(iter(by_value[value]))
         for place, value in places.items()
-        if len(by_value.get(value, ())) == 1 and not isinstance(next(iter(by_value[value])), int)
+        if len(by_value.get(value, ())) == 1
+        and not isinstance(next(iter(by_value[value])), int)
+        and (len(place) == 1 or _repeats(args, place))
     }
+
+
+def _repeats(args: Sequence[Any], place: Place) -> bool:
+    """Whether a size in a list stands for one position of the tensor before, repeated."""
+    tensor = args[0] if args else None
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dim() == len(args[place[0]])
+        and tensor.shape[place[1]] == 1
+    )
 
 
 def _places(args: Iterable[Any]) -> Iterator[tuple[Place, int]]:

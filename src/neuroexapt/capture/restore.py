@@ -7,6 +7,7 @@ import functools
 import logging
 import random
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -58,11 +59,20 @@ def _caches(model: nn.Module) -> list[Any]:
     names = {kind.__module__ for kind in kinds}
     spaces += [vars(sys.modules[name]) for name in names if name in sys.modules]
     return [
-        value
+        cache
         for space in spaces
         for value in list(space.values())
-        if isinstance(value, functools._lru_cache_wrapper)
+        for cache in (value, *_closed_over(value))
+        if isinstance(cache, functools._lru_cache_wrapper)
     ]
+
+
+def _closed_over(value: Any) -> Iterator[Any]:
+    """What a function keeps in its closure: a decorator may hide the cache there."""
+    cells = value.__closure__ if isinstance(value, types.FunctionType) else None
+    for cell in cells or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
 
 
 def _clear(caches: list[Any]) -> None:

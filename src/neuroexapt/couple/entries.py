@@ -21,14 +21,12 @@ _LINEAR = {
     "dropout", "native_dropout", "view", "_unsafe_view", "reshape", "_reshape_alias", "expand",
     "permute", "transpose", "t", "unsqueeze", "squeeze", "flatten", "select", "unbind", "slice",
     "narrow", "split", "split_with_sizes", "chunk", "cat", "concat", "stack", "repeat", "roll",
-    "flip", "index", "index_select", "gather", "embedding", "mean", "sum", "mm", "bmm", "addmm",
-    "baddbmm", "linear", "mv", "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
-    "_scaled_dot_product_attention_math", "scaled_dot_product_attention", "avg_pool1d",
+    "flip", "index", "index_select", "gather", "embedding", "mean", "sum", "avg_pool1d",
     "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "as_strided",
     "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d", "constant_pad_nd",
 }  # fmt: skip
+_CONTRACTIONS = {"mm", "bmm", "addmm", "baddbmm", "linear", "mv"}
+_REPEATING = {"expand", "repeat"}
 _FACTORS = {"mul", "div"}
 _RANDOM = {"bernoulli", "rand", "rand_like"}
 _KEEP_ZERO = {
@@ -85,17 +83,33 @@ def _after(site: Site, op: str, axis: Axis) -> Entry:
     sharing = [ref for ref in given if _has(site, ref, axis)]
     data = [ref for ref in sharing if not site.is_weight(ref)]
     before = joined(entry_of(site.draft, ref, axis) for ref in data)
+    if not sharing and op in _REPEATING:
+        return Entry(KEPT, zero=False)  # one more copy of what the others hold
     if op in _FACTORS:
         # By a tensor that has the width as well, or by one that is the same for all units.
         return Entry(LOST if len(sharing) > 1 else before.mean, _any_zero(site, data, axis))
     if op in _LINEAR:
         shifted = op in ("add", "sub") and not isinstance(site.arg(1, "other"), TensorRef)
         return Entry(before.mean, before.zero and not shifted)
+    if op in _CONTRACTIONS:
+        return Entry(LOST if len(data) > 1 else before.mean, _any_zero(site, data, axis))
+    if "scaled_dot_product" in op:
+        return _attended(site, data, axis)
     if op == "convolution":
         return Entry(LOST if data else KEPT, before.zero)
     if op in _LAYER_NORMS:
         return Entry(max(before.mean, POSTED), site.arg(3, "bias") is None and before.zero)
     return Entry(LOST, before.zero and op in _KEEP_ZERO)
+
+
+def _attended(site: Site, data: list[TensorRef], axis: Axis) -> Entry:
+    """Attention is linear in its values alone: zero queries attend to everything alike."""
+    value = site.call.inputs[2]
+    own = {atom for part in site.dims(value) for atom in algebra.atoms(part)}
+    if not own.issuperset(atom for atom in algebra.atoms(axis) if not atom.pin):
+        return Entry(LOST, zero=False)  # query heads that share one value
+    state = entry_of(site.draft, value, axis)
+    return Entry(LOST if len(data) > 1 else state.mean, state.zero)
 
 
 def _any_zero(site: Site, data: list[TensorRef], axis: Axis) -> bool:

@@ -25,6 +25,7 @@ from neuroexapt.couple.site import KEPT, LOST, POSTED, Bind, Dims, Draft, Join, 
 _PLAIN = {"in_channels", "out_channels", "in_features", "out_features", "num_features"} | {
     "embedding_dim",
     "input_size",
+    "normalized_shape",
     "num_channels",
 }
 _RANK = {"producer": 0, "elementwise": 1, "consumer": 2}

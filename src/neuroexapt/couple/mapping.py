@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +13,7 @@ from neuroexapt.couple.attention import tie_attention
 from neuroexapt.couple.axismap import AxisMap
 from neuroexapt.couple.freeze import freeze
 from neuroexapt.couple.probe import Prober
+from neuroexapt.couple.scales import note_scales
 from neuroexapt.couple.site import Draft
 from neuroexapt.couple.sizes import relate
 from neuroexapt.couple.solve import solve
@@ -69,7 +69,7 @@ def map_axes(
     relate(traces, draft)
     prober = Prober(model, example, traces, draft)
     prober.settle()
-    _scales(prober)
+    note_scales(prober)
     parameters = tuple(name for name, _ in model.named_parameters())
     return freeze(draft, traces, parameters, _notes(traces))
 
@@ -82,18 +82,3 @@ def _notes(traces: tuple[Trace, ...]) -> tuple[str, ...]:
     if not all(trace.fake for trace in traces):
         notes.append("fake tensors were refused by this model; real copies were used")
     return tuple(notes)
-
-
-def _scales(prober: Prober) -> None:
-    """Find the dot products whose result is divided by the square root of the width."""
-    mixes = prober.draft.mixes
-    open_dots = [
-        number
-        for number, mix in enumerate(mixes)
-        if mix.kind == "dot" and mix.data["scale"] == "free"
-    ]
-    moving = prober.scaled_modules() if open_dots else set()
-    for number in open_dots:
-        mix = mixes[number]
-        if mix.module in moving:
-            mixes[number] = replace(mix, data={**mix.data, "scale": "inverse_sqrt"})

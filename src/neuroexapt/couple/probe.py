@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -50,8 +50,9 @@ class Prober:
     traces: tuple[Trace, ...]
     draft: Draft
     end: tuple[int, int] = (1 << 30, 0)
-    # What the first trace's last run with other sizes called.
-    _last: tuple[Call, ...] = ()
+    # The last run of the first trace with other sizes: what it called, and the sizes.
+    resized: tuple[Call, ...] = ()
+    sizes: Mapping[Axis, int] = field(default_factory=dict)
 
     def settle(self) -> None:
         """Bind attributes and pin widths until a run with all free widths resized agrees."""
@@ -91,15 +92,6 @@ class Prober:
                 return conflict
         return None
 
-    def scaled_modules(self) -> set[str]:
-        """Modules that multiply or divide by a number that follows a width."""
-        # The run that settled the map had every free width at another size.
-        return {
-            call.module
-            for call, new in zip(self.traces[0].calls, self._last, strict=False)
-            if call.op in ("aten.mul", "aten.div") and _number(call) != _number(new)
-        }
-
     def _grown(self, atoms: Sequence[Axis]) -> dict[Axis, int]:
         multiples = self.draft.multiple_of()
         return {
@@ -130,7 +122,7 @@ class Prober:
         except RunFailure as stopped:
             calls, failure = stopped.calls, str(stopped)
         if number == 0:
-            self._last = tuple(calls)
+            self.resized, self.sizes = tuple(calls), sizes
         free = set(self.free_atoms())
         for index, (call, new) in enumerate(zip(trace.calls, calls, strict=False)):
             if call.op != new.op or len(call.outputs) != len(new.outputs):
@@ -356,9 +348,3 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 def _reason(call: Call, detail: str) -> str:
     short = detail.splitlines()[0][:160]
     return f"the forward holds its size as a number ({call.place}): {short}"
-
-
-def _number(call: Call) -> float | None:
-    """The Python number a product or quotient was made with."""
-    other = call.args[1] if len(call.args) > 1 else None
-    return float(other) if isinstance(other, (int, float)) else None

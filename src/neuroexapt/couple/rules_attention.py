@@ -39,7 +39,11 @@ def attention(site: Site) -> list[Dims]:
     for ref in bias:
         _bias(site, ref, (*site.dims(query)[:-1], keys))
     out, *rest = site.call.outputs
-    site.set_labels(out, _origins(site, out, query, key, value))
+    lead = [
+        place_of(site.labels(ref)[place] for ref in (query, key, value))
+        for place in range(len(out.shape) - 2)
+    ]
+    site.set_labels(out, (*lead, site.labels(query)[-2], site.labels(value)[-1]))
     known = (*site.dims(query)[:-1], keys)
     return [
         (*site.dims(query)[:-1], site.axis(value, -1)),
@@ -66,13 +70,6 @@ def _bias(site: Site, bias: TensorRef, dims: Dims) -> None:
             site.role(bias, place, "elementwise", "zero")
         else:
             site.pin(site.axis(bias, place), "a single position broadcast over many")
-
-
-def _origins(site: Site, out: TensorRef, *qkv: TensorRef) -> list[frozenset[Label]]:
-    labels: list[frozenset[Label]] = [frozenset()] * len(out.shape)
-    labels[-3 % len(out.shape)] = place_of([site.labels(ref)[-3] for ref in qkv])
-    labels[-1] = site.labels(qkv[-1])[-1]
-    return labels
 
 
 def _statistic(site: Site, ref: TensorRef, known: Dims) -> Dims:

@@ -11,7 +11,6 @@ _PAIR = "the real and the imaginary part"
 def view_as_real(site: Site) -> list[Dims]:
     """(...) complex -> (..., 2)."""
     x = site.call.inputs[0]
-    site.set_labels(site.call.outputs[0], (*site.labels(x), frozenset()))
     return [(*site.dims(x), site.fixed(2, _PAIR))]
 
 
@@ -20,7 +19,6 @@ def view_as_complex(site: Site) -> list[Dims]:
     """(..., 2) -> (...) complex."""
     x = site.call.inputs[0]
     site.pin(site.axis(x, -1), _PAIR)
-    site.set_labels(site.call.outputs[0], site.labels(x)[:-1])
     return [site.dims(x)[:-1]]
 
 
@@ -32,9 +30,6 @@ def fourier(site: Site) -> list[Dims]:
     places = {int(dim) % len(x.shape) for dim in named}
     for place in places:
         site.pin(site.axis(x, place), "a Fourier transform goes along it")
-    site.set_labels(
-        out, [frozenset() if d in places else label for d, label in enumerate(site.labels(x))]
-    )
     return [
         tuple(
             site.fixed(size, "frequencies") if place in places else site.axis(x, place)

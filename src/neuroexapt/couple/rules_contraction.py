@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Label, Site, rule
+from neuroexapt.couple.site import Dims, Site, place_of, rule
 
 
 def _product(site: Site, left: TensorRef, right: TensorRef, batch: int) -> Dims:
@@ -17,18 +17,22 @@ def _product(site: Site, left: TensorRef, right: TensorRef, batch: int) -> Dims:
     inner = site.same(site.axis(left, -1), site.axis(right, -2))
     _mark(site, left, right, inner)
     dims = (*site.dims(left)[:-1], site.axis(right, -1))
-    site.set_labels(site.call.outputs[0], (*site.labels(left)[:-1], site.labels(right)[-1]))
+    common = [site.labels(left)[place] | site.labels(right)[place] for place in range(batch)]
+    labels = (*common, site.labels(left)[-2], site.labels(right)[-1])
+    site.set_labels(site.call.outputs[0], labels)
     return dims
 
 
 def _mark(site: Site, left: TensorRef, right: TensorRef, inner: Axis) -> None:
     """Which operand a new position of the summed axis can be silenced in."""
-    if site.is_parameter(right):
+    if site.silences(right, -2):
         site.contract(right, [-2])
         if site.is_parameter(left):
             site.produce(left)
-    elif site.is_parameter(left):
+    elif site.silences(left, -1):
         site.contract(left, [-1])
+        if site.is_parameter(right):
+            site.produce(right)
     elif site.is_weight(left) or site.is_weight(right):
         site.mix(inner, "sum")
     else:
@@ -108,9 +112,9 @@ def mv(site: Site) -> list[Dims]:
     inner = site.same(site.axis(matrix, -1), site.axis(vector, -1))
     if site.is_weight(matrix) and site.is_weight(vector):
         site.mix(inner, "sum")  # a number about the weights, as a step of the power method is
-    elif site.is_parameter(matrix):
+    elif site.silences(matrix, -1):
         site.contract(matrix, [-1])
-    elif site.is_parameter(vector):
+    elif site.silences(vector, -1):
         site.contract(vector, [-1])
     else:
         site.mix(inner, "sum")
@@ -135,7 +139,7 @@ def linear(site: Site) -> list[Dims]:
     """(..., k) with weight (n, k) and bias (n) -> (..., n)."""
     x, weight, *bias = site.call.inputs
     inner = site.same(site.axis(x, -1), site.axis(weight, -1))
-    if site.is_parameter(weight):
+    if site.silences(weight, -1):
         site.contract(weight, [-1])
     else:
         site.mix(inner, "sum")
@@ -159,32 +163,53 @@ def convolution(site: Site) -> list[Dims]:
         raise ValueError("convolution without a batch dimension")
     incoming, outgoing = _grouped(site, weight, channels, groups, transposed)
     site.same(channels, incoming)
-    if not site.is_parameter(weight):
+    if not site.silences(weight, 0 if transposed else 1):
         site.mix(channels, "sum")
-    _kernel(site, weight)
     spatial = [_along(site, x, weight, place) for place in range(len(x.shape) - 2)]
     out = site.call.outputs[0]
     dims = (batch, outgoing, *spatial)
     produced = site.labels(weight)[1 if transposed and groups == 1 else 0]
-    site.set_labels(out, (frozenset(), produced, *([frozenset()] * len(spatial))))
+    if groups > 1:
+        produced |= site.labels(x)[1]  # a group stays a group
+    passing = [
+        origin if axis is own else frozenset()
+        for own, axis, origin in zip(site.dims(x)[2:], spatial, site.labels(x)[2:], strict=True)
+    ]
+    site.set_labels(out, (site.labels(x)[0], produced, *passing))
     if bias:
         _channel_bias(site, bias[0], outgoing)
     site.bind("in_channels", [channels])
     site.bind("out_channels", [outgoing])
+    site.bind("kernel_size", site.dims(weight)[2:], is_tuple=True)
     return [dims]
 
 
 def _along(site: Site, x: TensorRef, weight: TensorRef, place: int) -> Axis:
-    """A direction in space: a kernel of size 1 without stride or padding leaves it alone."""
-    axis, options = site.axis(x, 2 + place), {"stride": 1, "padding": 0, "output_padding": 0}
-    given = {name: site.setting(name) for name in options}
-    alone = all(v[place if len(v) > 1 else 0] == options[name] for name, v in given.items() if v)
-    if weight.shape[2 + place] == 1 and alone:
-        return axis
-    site.pin(axis, "neighbours in space")
-    return site.fixed(
-        site.call.outputs[0].shape[2 + place], "a spatial size, computed from the input"
+    """A direction in space, after the kernel has gone along it.
+
+    A kernel of size 1 leaves it alone; one as long as the input sums over it, as a matrix does.
+    """
+    axis, kernel = site.axis(x, 2 + place), site.axis(weight, 2 + place)
+    stride, padding, more = (
+        _option(site, name, place) for name in ("stride", "padding", "output_padding")
     )
+    size = site.call.outputs[0].shape[2 + place]
+    if kernel.size == stride == 1 and padding == more == 0:
+        site.pin(kernel, "a kernel size")
+        return axis
+    whole = kernel.size == axis.size and size == 1 and padding == 0
+    if whole and not site.setting("transposed", False) and site.silences(weight, 2 + place):
+        site.same(axis, kernel)
+        site.role(weight, 2 + place, "consumer", "zero")
+    else:
+        site.pin(axis, "neighbours in space")
+        site.pin(kernel, "a kernel size")
+    return site.fixed(size, "a spatial size, computed from the input")
+
+
+def _option(site: Site, name: str, place: int) -> int:
+    given = site.setting(name)
+    return int(given[place if len(given) > 1 else 0])
 
 
 def _grouped(
@@ -221,11 +246,6 @@ def _leading(parts: Sequence[Axis], size: int) -> list[Axis]:
     return leading
 
 
-def _kernel(site: Site, weight: TensorRef) -> None:
-    for axis in site.dims(weight)[2:]:
-        site.pin(axis, "a kernel size")
-
-
 def _channel_bias(site: Site, bias: TensorRef, outgoing: Axis) -> None:
     site.same(site.axis(bias, 0), outgoing)
     site.role(bias, 0, "elementwise", "zero")
@@ -241,7 +261,7 @@ def trilinear(site: Site) -> list[Dims]:
     operands, expanded, summed = site.call.args[:3], site.call.args[3:6], site.call.args[6]
     rank = len(operands[0].shape) + len(expanded[0])
     placed = [_spread(ref, added, rank) for ref, added in zip(operands, expanded, strict=True)]
-    dims = []
+    dims, labels = [], []
     for place in range(rank):
         met = [
             (ref, dim) for ref, at in zip(operands, placed, strict=True) if (dim := at[place]) >= 0
@@ -250,9 +270,11 @@ def trilinear(site: Site) -> list[Dims]:
             site.same(site.axis(*met[0]), site.axis(ref, dim))
         if place not in summed:
             dims.append(site.axis(*met[0]))
-        elif not any(site.is_parameter(ref) for ref, _ in met):
+            labels.append(place_of(site.labels(ref)[dim] for ref, dim in met))
+        elif not any(site.silences(ref, dim) for ref, dim in met):
             site.mix(site.axis(*met[0]), "sum")
     _trilinear_roles(site, operands, placed, summed)
+    site.set_labels(site.call.outputs[0], labels)
     return [tuple(dims)]
 
 
@@ -282,8 +304,11 @@ def cdist(site: Site) -> list[Dims]:
         _batch_axis(site, [left, right], place, out.shape[place])
         for place in range(-len(out.shape), -2)
     ]
-    nowhere = frozenset[Label]()
-    site.set_labels(out, (*[nowhere] * len(batch), site.labels(left)[-2], site.labels(right)[-2]))
+    common = [
+        place_of(site.labels(ref)[p] for ref in (left, right) if len(ref.shape) >= -p)
+        for p in range(-len(out.shape), -2)
+    ]
+    site.set_labels(out, (*common, site.labels(left)[-2], site.labels(right)[-2]))
     return [(*batch, site.axis(left, -2), site.axis(right, -2))]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from neuroexapt.capture import TensorRef
-from neuroexapt.couple import axis as algebra
-from neuroexapt.couple.axis import Axis
 from neuroexapt.couple.site import Dims, Site, rule
 
 _GROUPS = "rows go to the experts by their order"
@@ -25,8 +22,8 @@ def grouped_mm(site: Site) -> list[Dims]:
     inner = site.same(site.axis(x, 1), site.axis(weight, 1))
     if site.call.op == "aten._grouped_mm":
         for axis in (inner, site.axis(weight, 2)):
-            _align(site, axis, weight)
-    if site.is_parameter(weight):
+            site.aligned(axis, _ALIGNMENT // weight.dtype.itemsize)
+    if site.silences(weight, 1):
         site.contract(weight, [1])
     else:
         site.mix(inner, "sum")
@@ -35,11 +32,3 @@ def grouped_mm(site: Site) -> list[Dims]:
         site.role(bias, 1, "elementwise", "zero")
     site.set_labels(site.call.outputs[0], (site.labels(x)[0], site.labels(weight)[2]))
     return [(site.axis(x, 0), site.axis(weight, 2))]
-
-
-def _align(site: Site, axis: Axis, weight: TensorRef) -> None:
-    """The kernel takes rows of whole 16 bytes: the width comes and goes in such pieces."""
-    step = _ALIGNMENT // weight.dtype.itemsize
-    if axis.size % step == 0:
-        pieces = site.free(axis.size // step)
-        site.same(axis, algebra.product([pieces, site.fixed(step, "16 bytes in one piece")]))

@@ -92,7 +92,6 @@ def scatter(site: Site) -> list[Dims]:
                 site.pin(site.axis(src, place), "its first positions are taken")
                 site.pin(site.axis(index, place), "the first positions of another tensor")
     site.mix(written, "scatter")
-    site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)]
 
 
@@ -118,7 +117,6 @@ def index_write(site: Site) -> list[Dims]:
         for place, axis in enumerate(site.dims(source)):
             here = place == dim % len(x.shape)
             site.same(axis, written if here else site.axis(x, place))
-    site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)]
 
 
@@ -222,7 +220,6 @@ def index_put(site: Site) -> list[Dims]:
             site.same(site.axis(values, place), dims[place])
         else:
             site.pin(site.axis(values, place), "a single position broadcast over many")
-    site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)]
 
 
@@ -236,7 +233,6 @@ def _fills(slots: _Slots, values: TensorRef) -> bool:
 def _filled(site: Site, x: TensorRef, mask: TensorRef, values: TensorRef) -> Dims:
     for place, axis in enumerate(site.dims(mask)):
         site.same(axis, site.axis(x, place))
-    site.set_labels(site.call.outputs[0], site.labels(x))
     return broadcast(site, [x, values], x.shape)
 
 
@@ -270,7 +266,6 @@ def masked_scatter(site: Site) -> list[Dims]:
     for ref in (x, mask, source):
         for axis in site.dims(ref)[: len(ref.shape) - free]:
             site.pin(axis, "filled in order")
-    site.set_labels(site.call.outputs[0], site.labels(x)[-len(dims) :])
     return [dims]
 
 

@@ -139,7 +139,6 @@ def renorm(site: Site) -> list[Dims]:
     for place, axis in enumerate(site.dims(x)):
         if place != dim % len(x.shape):
             site.mix(axis, "renorm")
-    site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)]
 
 
@@ -173,5 +172,4 @@ def fake_quantize(site: Site) -> list[Dims]:
     for ref in tables:
         site.same(site.axis(ref, 0), channel)
         site.role(ref, 0, "elementwise", "mean")
-    site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)] * len(site.call.outputs)

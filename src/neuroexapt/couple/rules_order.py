@@ -14,10 +14,6 @@ def moved(site: Site) -> list[Dims]:
     places = {int(dim) % len(x.shape) for dim in named}
     for place in places:
         site.pin(site.axis(x, place), "positions change places")
-    labels = [
-        frozenset() if place in places else label for place, label in enumerate(site.labels(x))
-    ]
-    site.set_labels(out, labels)
     return [
         tuple(
             site.fixed(size, "positions change places") if place in places else axis
@@ -43,7 +39,6 @@ def triangle(site: Site) -> list[Dims]:
     x = site.call.inputs[0]
     for axis in site.dims(x)[-2:]:
         site.pin(axis, "a triangle by position")
-    site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)]
 
 
@@ -57,10 +52,6 @@ def topk(site: Site) -> list[Dims]:
     site.mix(site.axis(x, dim), "topk")
     dims = list(site.dims(x))
     dims[dim] = site.fixed(out.shape[dim], "a number of chosen positions")
-    labels = list(site.labels(x))
-    labels[dim] = frozenset()
-    for ref in site.call.outputs:
-        site.set_labels(ref, labels)
     site.numbers(site.call.outputs[1], [site.axis(x, dim)])
     return [tuple(dims)] * len(site.call.outputs)
 
@@ -70,7 +61,6 @@ def running(site: Site) -> list[Dims]:
     """Every position depends on those before it."""
     x = site.call.inputs[0]
     _order_matters(site, x)
-    site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)]
 
 
@@ -79,8 +69,6 @@ def running_extreme(site: Site) -> list[Dims]:
     """The largest until now, and its number."""
     x = site.call.inputs[0]
     _order_matters(site, x)
-    for ref in site.call.outputs:
-        site.set_labels(ref, site.labels(x))
     return [site.dims(x)] * len(site.call.outputs)
 
 
@@ -142,7 +130,6 @@ def pack(site: Site) -> list[Dims]:
     for axis in (*site.dims(x)[:2], *site.dims(lengths)):
         site.pin(axis, "sequences by their lengths")
     data, sizes = site.call.outputs
-    site.set_labels(data, (frozenset(), *site.labels(x)[2:]))
     return [(site.chosen(data.shape[0]), *site.dims(x)[2:]), (site.chosen(sizes.shape[0]),)]
 
 
@@ -153,7 +140,6 @@ def unpack(site: Site) -> list[Dims]:
     for axis in (site.axis(data, 0), site.axis(sizes, 0)):
         site.pin(axis, "sequences by their lengths")
     out, lengths = site.call.outputs
-    site.set_labels(out, (frozenset(), frozenset(), *site.labels(data)[1:]))
     steps = [site.fixed(size, "sequences by their lengths") for size in out.shape[:2]]
     batch = [site.fixed(size, "sequences by their lengths") for size in lengths.shape]
     return [(*steps, *site.dims(data)[1:]), tuple(batch)]

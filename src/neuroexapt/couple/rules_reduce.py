@@ -49,16 +49,12 @@ def reduce(site: Site) -> list[Dims]:
     kept = len(out.shape) == len(x.shape)
     for dim in reduced:
         _mix(site, x, dim)
-    dims, labels = [], []
+    dims = []
     for place, axis in enumerate(site.dims(x)):
         if place not in reduced:
             dims.append(axis)
-            labels.append(site.labels(x)[place])
         elif kept:
             dims.append(site.fixed(1, "a reduced dimension"))
-            labels.append(frozenset())
-    for ref in site.call.outputs:
-        site.set_labels(ref, labels)
     _number(site, x, reduced)
     return [tuple(dims)] * len(site.call.outputs)
 
@@ -100,7 +96,6 @@ def along(site: Site) -> list[Dims]:
     x, dim = site.call.args[:2]
     if x.shape:
         site.mix(site.axis(x, dim), "softmax")
-    site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)] * len(site.call.outputs)
 
 

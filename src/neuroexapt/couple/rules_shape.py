@@ -167,14 +167,18 @@ def expand(site: Site) -> list[Dims]:
 
 @rule("aten.repeat", "aten.tile")
 def repeat(site: Site) -> list[Dims]:
-    """The whole dimension r times in a row: r * n with r outside."""
+    """The whole dimension r times in a row: r * n with r outside; a single position gives r."""
     x, out = site.call.inputs[0], site.call.outputs[0]
     added = len(out.shape) - len(x.shape)
     dims: list[Axis] = [site.free(n) for n in out.shape[:added]]
     for axis, size in zip(site.dims(x), out.shape[added:], strict=True):
-        times = size // axis.size if axis.size else 1
-        outer = site.fixed(times, "a number of repetitions")
-        dims.append(axis if times == 1 else algebra.product([outer, axis]))
+        if axis.size == size:
+            dims.append(axis)
+        elif axis.size == 1:
+            site.pin(axis, "a single position broadcast over many")
+            dims.append(site.free(size))
+        else:
+            dims.append(algebra.product([site.free(size // axis.size), axis]))
     site.set_labels(out, ((frozenset(),) * added) + site.labels(x))
     return [tuple(dims)]
 

@@ -58,7 +58,6 @@ def windows(site: Site) -> list[Dims]:
     for out in site.call.outputs:
         new = _new_space(site, out.shape[lead:])
         _pin_space(site, x, spatial)
-        site.set_labels(out, (*site.labels(x)[:lead], *((frozenset(),) * spatial)))
         result.append((*site.dims(x)[:lead], *new))
     return result
 
@@ -128,7 +127,6 @@ def pixel_shuffle(site: Site) -> list[Dims]:
     channel = site.free(out.shape[-3])
     site.same(site.axis(x, -3), algebra.product([channel, inner]))
     _pin_space(site, x, 2)
-    site.set_labels(out, site.labels(x))
     return [(*site.dims(x)[:-3], channel, *_new_space(site, out.shape[-2:]))]
 
 
@@ -140,7 +138,6 @@ def pixel_unshuffle(site: Site) -> list[Dims]:
     inner = site.fixed(factor * factor, "a downscale factor")
     channels = algebra.product([site.axis(x, -3), inner])
     _pin_space(site, x, 2)
-    site.set_labels(out, site.labels(x))
     return [(*site.dims(x)[:-3], channels, *_new_space(site, out.shape[-2:]))]
 
 

@@ -27,8 +27,6 @@ def diagonal(site: Site) -> list[Dims]:
     if axis.size != out.shape[-1]:
         axis = site.fixed(out.shape[-1], "a diagonal by position")
     rest = [place for place in range(len(x.shape)) if place not in (first, second)]
-    labels = [site.labels(x)[place] for place in rest]
-    site.set_labels(out, (*labels, site.labels(x)[first] | site.labels(x)[second]))
     return [(*(site.axis(x, place) for place in rest), axis)]
 
 
@@ -47,15 +45,13 @@ def diag_embed(site: Site) -> list[Dims]:
     """The last dimension onto the diagonal of two."""
     x, out = site.call.inputs[0], site.call.outputs[0]
     first, second = (int(site.setting(name)) % len(out.shape) for name in ("dim1", "dim2"))
-    axis, dims, labels = site.axis(x, -1), list(site.dims(x)[:-1]), list(site.labels(x)[:-1])
+    axis, dims = site.axis(x, -1), list(site.dims(x)[:-1])
     for place in sorted((first, second)):
         dims.insert(place, axis)
-        labels.insert(place, site.labels(x)[-1])
     if site.setting("offset", 0):
         site.pin(axis, "a diagonal by position")
         for place in (first, second):
             dims[place] = site.fixed(out.shape[place], "a diagonal by position")
-    site.set_labels(out, labels)
     return [tuple(dims)]
 
 
@@ -66,8 +62,6 @@ def block_diag(site: Site) -> list[Dims]:
     if any(len(ref.shape) != 2 for ref in blocks):
         raise ValueError("blocks that are no matrices")
     columns = [[site.axis(ref, dim) for ref in blocks] for dim in range(2)]
-    labels = [frozenset().union(*(site.labels(ref)[dim] for ref in blocks)) for dim in range(2)]
-    site.set_labels(site.call.outputs[0], labels)
     return [(algebra.concat(columns[0]), algebra.concat(columns[1]))]
 
 
@@ -77,9 +71,8 @@ def sliding(site: Site) -> list[Dims]:
     x, out = site.call.inputs[0], site.call.outputs[0]
     dim = int(site.setting("dimension")) % len(x.shape)
     site.pin(site.axis(x, dim), "neighbours in a window")
-    dims, labels = list(site.dims(x)), list(site.labels(x))
-    dims[dim], labels[dim] = site.fixed(out.shape[dim], "a number of windows"), frozenset()
-    site.set_labels(out, (*labels, frozenset()))
+    dims = list(site.dims(x))
+    dims[dim] = site.fixed(out.shape[dim], "a number of windows")
     return [(*dims, site.fixed(out.shape[-1], "a window's size"))]
 
 
@@ -95,6 +88,18 @@ def overlap(site: Site) -> list[Dims]:
     return [tuple(dims)]
 
 
+@rule("aten.slice_backward", "aten.select_backward")
+def put_back(site: Site) -> list[Dims]:
+    """A part put back into zeros of the whole, where a forward takes a gradient."""
+    x, out = site.call.inputs[0], site.call.outputs[0]
+    dim = int(site.setting("dim")) % len(out.shape)
+    dims = list(site.dims(x))
+    if site.call.op == "aten.slice_backward":
+        site.pin(dims.pop(dim), "a part put back by position")
+    dims.insert(dim, site.fixed(out.shape[dim], "a part put back by position"))
+    return [tuple(dims)]
+
+
 @rule("aten.as_strided", "aten.as_strided_", "aten.as_strided_copy")
 def as_strided(site: Site) -> list[Dims]:
     """A view by strides in memory: any position may land anywhere.
@@ -105,7 +110,6 @@ def as_strided(site: Site) -> list[Dims]:
     x, shape, strides = site.call.args[:3]
     channels = x.shape[1] if len(x.shape) > 1 else 0
     if tuple(shape) == x.shape and tuple(strides) == (channels, 1, channels, channels):
-        site.set_labels(site.call.outputs[0], site.labels(x))
         return [site.dims(x)]
     for axis in site.dims(site.call.inputs[0]):
         site.pin(axis, "seen by strides in memory")
@@ -128,5 +132,4 @@ def replaced(site: Site) -> list[Dims]:
         site.pin(inner.pop(), "a part replaced by position")
     for mine, theirs in zip(others, inner, strict=True):
         site.same(mine, theirs)
-    site.set_labels(site.call.outputs[0], site.labels(x))
     return [site.dims(x)]

@@ -7,7 +7,7 @@ operators with :func:`rule` and lives in the ``rules_*.py`` file of its family.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ Rule = Callable[["Site"], Sequence[Sequence[Axis]]]
 Said = TypeVar("Said", bound=Rule)
 
 RULES: dict[str, Rule] = {}
+
+_MOST_LABELS = 32
 
 
 def rule(*ops: str) -> Callable[[Said], Said]:
@@ -67,16 +69,22 @@ class Join:
 class Label:
     """One dimension of one parameter from which a tensor dimension was made.
 
-    ``steps`` say what became of its positions on the way, in order.
+    ``steps`` say what became of its positions on the way, in order. ``muted``: zeros in the
+    parameter are no zeros here any more.
     """
 
     name: str
     dim: int
     steps: tuple[Pick | Join, ...] = ()
+    muted: bool = False
 
     def then(self, step: Pick | Join) -> Label:
         """The label after one more step."""
-        return Label(self.name, self.dim, (*self.steps, step))
+        return replace(self, steps=(*self.steps, step))
+
+    def mute(self) -> Label:
+        """The label where zeros in the parameter do not show as zeros."""
+        return replace(self, muted=True)
 
 
 Labels = tuple[frozenset[Label], ...]
@@ -149,6 +157,7 @@ class Draft:
         entries: what new entries have become, for each dimension of a tensor.
         chance: tensors of random values (the masks of dropout).
         multiples: axes whose size must stay a multiple of a number.
+        views: tensors that are another tensor's memory, seen in another way.
         taken: tensors whose rows were taken out of a parameter by numbers that the data give.
     """
 
@@ -159,6 +168,7 @@ class Draft:
     squares: dict[TensorRef, TensorRef] = field(default_factory=dict)
     numbering: dict[TensorRef, Dims] = field(default_factory=dict)
     repeated: dict[TensorRef, frozenset[int]] = field(default_factory=dict)
+    views: dict[TensorRef, TensorRef] = field(default_factory=dict)
     taken: set[TensorRef] = field(default_factory=set)
     entries: dict[TensorRef, tuple[Entry, ...]] = field(default_factory=dict)
     chance: set[TensorRef] = field(default_factory=set)
@@ -250,13 +260,32 @@ class Site:
         """
         return (self.is_weight(ref) or ref in self.draft.taken) and any(self.labels(ref))
 
+    def silences(self, ref: TensorRef, dim: int) -> bool:
+        """Whether zeros in a parameter make zeros of this tensor along a dimension."""
+        return self.is_parameter(ref) and any(not label.muted for label in self.labels(ref)[dim])
+
     def labels(self, ref: TensorRef) -> Labels:
         """Per dimension, the parameter dimensions it stems from."""
         return self.draft.labels.get(ref) or (frozenset(),) * len(ref.shape)
 
     def set_labels(self, ref: TensorRef, labels: Iterable[frozenset[Label]]) -> None:
-        """State the origin of an output's dimensions where the default (all) is too wide."""
-        self.draft.labels[ref] = tuple(labels)
+        """State the origin of an output's dimensions where it does not simply go by axis."""
+        self.draft.labels[ref] = tuple(
+            # Parts of parts of one weight multiply along a deep stream: then it is all of it.
+            origin if len(origin) <= _MOST_LABELS else frozenset(_whole(label) for label in origin)
+            for origin in labels
+        )
+
+    def stems_from(self, ref: TensorRef, sources: Iterable[TensorRef]) -> None:
+        """Add what each dimension has of the sources' axes to where it stems from."""
+        labels = list(self.labels(ref))
+        for source in sources:
+            for axis, origin in zip(self.dims(source), self.labels(source), strict=True):
+                atoms = set(algebra.atoms(axis)) if origin else set[Axis]()
+                for place, own in enumerate(self.dims(ref)):
+                    if not atoms.isdisjoint(algebra.atoms(own)):
+                        labels[place] |= origin
+        self.set_labels(ref, labels)
 
     def role(
         self, ref: TensorRef, dim: int, role: str, fill: str = "mean", part: Axis | None = None
@@ -265,7 +294,10 @@ class Site:
         axis = part or self.axis(ref, dim)
         reads = self._makers(axis) if role == "consumer" else frozenset[Label]()
         for label in self.labels(ref)[dim]:
-            self.draft.marks[Mark(label, axis, role, fill, reads)] = None
+            if label.muted and role == "consumer":  # nothing is silenced by zeros in it
+                self.draft.marks[Mark(label, axis, "elementwise", "mean", reads)] = None
+            else:
+                self.draft.marks[Mark(label, axis, role, fill, reads)] = None
 
     def setting(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema, else the schema's default."""
@@ -343,3 +375,7 @@ class Site:
 def place_of(names: Iterable[frozenset[Label]]) -> frozenset[Label]:
     """The union of several label sets."""
     return frozenset().union(*names)
+
+
+def _whole(label: Label) -> Label:
+    return replace(label, steps=())

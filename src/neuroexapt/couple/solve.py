@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
-from neuroexapt.capture import Call, Trace
+from neuroexapt.capture import Call, TensorRef, Trace
 from neuroexapt.couple import (
     axis as algebra,
 )
@@ -32,7 +34,8 @@ from neuroexapt.couple import (
     rules_view,
 )
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import RULES, Bind, Dims, Draft, Label, Site
+from neuroexapt.couple.silence import follow_silence
+from neuroexapt.couple.site import RULES, Bind, Dims, Draft, Label, Site, place_of
 
 # Importing a family registers its rules.
 FAMILIES = (
@@ -81,7 +84,7 @@ def solve(model: nn.Module, trace: Trace, draft: Draft) -> None:
     dead = _dead(trace)
     for number, call in enumerate(trace.calls):
         mixes, site = len(draft.mixes), Site(call, draft, fields.get(call.module, {}))
-        _apply(site)
+        couple(site)
         fresh = [] if number in dead else draft.mixes[mixes:]
         draft.mixes[mixes:] = [entries.met(site, mix) for mix in fresh]
     for ref in trace.outputs:
@@ -124,7 +127,8 @@ def _seed(trace: Trace, draft: Draft) -> None:
         )
 
 
-def _apply(site: Site) -> None:
+def couple(site: Site) -> None:
+    """Apply the rule of one call, and follow where its results stem from."""
     for ref in site.call.inputs:
         for axis in site.draft.numbering.get(ref, ()):
             site.pin(axis, "its positions are named by number")
@@ -134,7 +138,7 @@ def _apply(site: Site) -> None:
     if rule is None:
         _unknown(site)
         return
-    before = {ref for ref in site.call.outputs if ref in site.draft.dims}
+    before = {ref: site.labels(ref) for ref in site.call.outputs if ref in site.draft.dims}
     try:
         outputs = [tuple(dims) for dims in rule(site)]
     except _NOT_UNDERSTOOD:
@@ -147,6 +151,10 @@ def _apply(site: Site) -> None:
         _assign(site, ref, dims, known=ref in before)
     entries.follow(site, zip(site.call.outputs, outputs, strict=True))
     _spread_origin(site)
+    for ref, labels in before.items():
+        site.set_labels(ref, map(frozenset.union, labels, site.labels(ref)))
+    _follow_views(site)
+    follow_silence(site)
 
 
 def _assign(site: Site, ref: Any, dims: Dims, *, known: bool) -> None:
@@ -158,17 +166,51 @@ def _assign(site: Site, ref: Any, dims: Dims, *, known: bool) -> None:
 
 
 def _spread_origin(site: Site) -> None:
-    """A tensor made of weights alone is a weight; it stems from all of them, dimension by
-    dimension where the rule said so, else from any dimension of any."""
-    inputs = site.call.inputs
+    """A tensor made of weights alone is a weight; what stems from where goes by axis, unless the
+    rule said so."""
+    inputs, draft = site.call.inputs, site.draft
     made_of_weights = all(site.is_weight(ref) for ref in inputs)
-    everything = frozenset(label for ref in inputs for part in site.labels(ref) for label in part)
     for ref in site.call.outputs:
         if made_of_weights and inputs:
-            site.draft.weights.add(ref)
-            site.draft.labels.setdefault(ref, (everything,) * len(ref.shape))
+            draft.weights.add(ref)
         elif not made_of_weights:
-            site.draft.weights.discard(ref)
+            draft.weights.discard(ref)
+        if ref in inputs:
+            site.stems_from(ref, inputs)
+        elif ref not in draft.labels:
+            site.stems_from(ref, inputs)
+            if made_of_weights:
+                _anywhere(site, ref)
+
+
+def _anywhere(site: Site, ref: TensorRef) -> None:
+    """Dimensions of a weight whose origin is not known stem from any dimension of any."""
+    everything = place_of(part for other in site.call.inputs for part in site.labels(other))
+    site.set_labels(ref, (part or everything for part in site.labels(ref)))
+
+
+def _follow_views(site: Site) -> None:
+    """What is written into a view of a tensor is in that tensor."""
+    views, inputs = site.draft.views, site.call.inputs
+    for ref in site.call.outputs:
+        if ref in inputs:
+            while ref in views:
+                base = views[ref]
+                site.stems_from(base, [ref])
+                if ref not in site.draft.weights:
+                    site.draft.weights.discard(base)
+                ref = base
+        elif inputs and _is_view(site.call.op, site.call.overload):
+            views[ref] = inputs[0]
+
+
+@functools.cache
+def _is_view(op: str, overload: str) -> bool:
+    """Whether an operator's result is its first argument's memory, seen in another way."""
+    namespace, _, name = op.partition(".")
+    schema = getattr(getattr(getattr(torch.ops, namespace), name), overload)._schema
+    aliases = [result.alias_info for result in schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _unknown(site: Site) -> None:

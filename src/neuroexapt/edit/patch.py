@@ -171,6 +171,15 @@ class Drawing:
         return tuple(found)
 
 
+def scales_of(width: Width, mixer: Mixer) -> set[str]:
+    """A decomposed norm does not name its scale: it is the module's own elementwise tensor."""
+    return set(mixer.weight) or {
+        place.tensor
+        for place in width.appearances
+        if place.tensor.rpartition(".")[0] == mixer.module and place.roles == {"elementwise"}
+    }
+
+
 def query_scalings(width: Width, size: int) -> tuple[Scaling, ...]:
     """Keep the logits of attention when a head gets another size.
 
@@ -178,7 +187,8 @@ def query_scalings(width: Width, size: int) -> tuple[Scaling, ...]:
     """
     # A side may name other dimensions of the same weight (its heads, say): those stay.
     own = {(place.tensor, place.dim) for place in width.appearances}
-    norms = {name for mixer in width.mixers for name in mixer.weight}
+    mixers = [mixer for mixer in width.mixers if mixer.kind in ("layer_norm", "mean_square")]
+    norms = {name for mixer in mixers for name in scales_of(width, mixer)}
     found: dict[tuple[str, int], set[int]] = {}
     for mixer in width.mixers:
         if mixer.kind == "dot" and mixer.scale == "inverse_sqrt":

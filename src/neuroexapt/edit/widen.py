@@ -25,6 +25,7 @@ from neuroexapt.edit.patch import (
     Scaling,
     WidthStep,
     query_scalings,
+    scales_of,
 )
 from neuroexapt.errors import EditError
 
@@ -136,7 +137,7 @@ class Widen(Edit):
         if not kinds and _is_dead_end(width):
             return [_dead_end(width)]
         supported = kinds - {"dot"} in ({"layer_norm"}, {"mean_square"}, set())
-        scaleless = [m for m in width.mixers if m.kind in _NORMS and not _scales_of(width, m)]
+        scaleless = [m for m in width.mixers if m.kind in _NORMS and not scales_of(width, m)]
         if supported and scaleless:
             return [_no_scale(width, scaleless[0])]
         literal = [m for m in width.mixers if m.kind in _NORMS and not m.eps_attribute]
@@ -312,18 +313,9 @@ def _norm_tensors(width: Width) -> tuple[set[str], set[str]]:
     for mixer in width.mixers:
         if mixer.kind not in _NORMS:
             continue
-        weights |= _scales_of(width, mixer)
+        weights |= scales_of(width, mixer)
         biases |= mixer.bias
     return weights, biases
-
-
-def _scales_of(width: Width, mixer: Mixer) -> set[str]:
-    """A decomposed norm does not name its scale: it is the module's own elementwise tensor."""
-    return set(mixer.weight) or {
-        place.tensor
-        for place in width.appearances
-        if place.tensor.rpartition(".")[0] == mixer.module and place.roles == {"elementwise"}
-    }
 
 
 def _query_positions(width: Width, place: Appearance) -> tuple[int, ...]:
@@ -339,16 +331,15 @@ def _query_positions(width: Width, place: Appearance) -> tuple[int, ...]:
 
 def _epsilons(axes: AxisMap, steps: Sequence[WidthStep]) -> list[AttributeEdit]:
     """Epsilon is added to a mean over more entries now: it shrinks with that mean."""
-    return [
-        AttributeEdit(
-            mixer.module,
-            mixer.eps_attribute,
-            mixer.eps * axes.widths[step.width].size / len(step.positions),
-        )
-        for step in steps
-        for mixer in axes.widths[step.width].mixers
-        if mixer.kind in _NORMS and mixer.eps_attribute
-    ]
+    values: dict[tuple[str, str], float] = {}
+    for step in steps:
+        shrink = axes.widths[step.width].size / len(step.positions)
+        for mixer in axes.widths[step.width].mixers:
+            if mixer.kind in _NORMS and mixer.eps_attribute:
+                # Two widths of one norm (heads and their size) shrink it one after the other.
+                held = mixer.module, mixer.eps_attribute
+                values[held] = values.get(held, mixer.eps) * shrink
+    return [AttributeEdit(module, name, value) for (module, name), value in values.items()]
 
 
 def _scalings(

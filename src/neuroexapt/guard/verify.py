@@ -104,7 +104,8 @@ def _forward(
                 needed="an example input on which the real forward runs",
                 next_step="check its dtype and device; the model is untouched",
             ) from error
-    return [leaf for leaf in opened(result) if isinstance(leaf, Tensor)]
+    # A forward may turn gradients on by itself; its graph would hold the parameters.
+    return [leaf.detach() for leaf in opened(result) if isinstance(leaf, Tensor)]
 
 
 def verify(
