@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -316,6 +318,16 @@ def test_a_model_that_cannot_be_built_is_tried_once_and_left_alone() -> None:
         done = apply(net, Narrow("mid", to=size), (X,))
         assert "cannot build Moody from it: LookupError: only once" in done.notes[0]
     assert (net.config.hidden, net.mid.out_features) == (12, 8)
+
+
+@pytest.mark.parametrize("kind", [Net, Demanding, Moody])
+def test_nothing_that_was_learnt_keeps_a_model(kind: type[Net]) -> None:
+    net = kind(Config())
+    apply(net, Narrow("mid", to=9), (X,))
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_model_that_is_slow_to_build_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ from neuroexapt.guard.verify import Behaviour, behaviour, same_outputs
 
 _MOST_SOLUTIONS = 4
 # What was learnt of each model; where it cannot be built, why.
-_TABLES: weakref.WeakKeyDictionary[nn.Module, tuple[str, SizeTable | NotBuilt]] = (
+_TABLES: weakref.WeakKeyDictionary[nn.Module, tuple[str, SizeTable | str]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -121,10 +121,10 @@ def _table(owner: Owner) -> SizeTable:
         try:
             table = SizeTable(kind, owner.before)
         except NotBuilt as reason:
-            table = reason
+            table = str(reason)  # the error itself would keep the model alive
         _TABLES[owner.module] = content, table
-    if isinstance(table, NotBuilt):
-        raise table
+    if isinstance(table, str):
+        raise NotBuilt(table)
     return table
 
 
