@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +276,40 @@ def test_an_interrupt_puts_everything_back() -> None:
         capture(model, (X,))
     assert globals_now() == before
     assert model.training
+
+
+@functools.lru_cache
+def _remembered(size: int) -> Tensor:
+    return torch.arange(size)
+
+
+def _hidden(function: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    cached = functools.lru_cache(function)
+
+    @functools.wraps(function)
+    def wrapper(size: int) -> Tensor:
+        return cached(size)
+
+    return wrapper
+
+
+class Remembering(nn.Module):
+    """Keeps tensors in caches outside of the module: plainly, and in a decorator's closure."""
+
+    @staticmethod
+    @_hidden
+    def positions(size: int) -> Tensor:
+        return torch.arange(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + _remembered(x.shape[1]) + self.positions(x.shape[1])
+
+
+def test_function_caches_keep_no_tensor_of_a_look() -> None:
+    """Neither does the next look see what they hold, nor the next real forward."""
+    model = Remembering()
+    first, second = (capture(model, (torch.zeros(2, 5),)) for _ in range(2))
+    assert [call.op for call in first.calls] == [call.op for call in second.calls]
+    assert first.calls[0].op == "aten.arange"
+    assert model(torch.zeros(2, 5)).tolist() == [[0, 2, 4, 6, 8]] * 2
+    assert _remembered.cache_info().currsize == 1

@@ -61,7 +61,8 @@ def _caches(model: nn.Module) -> list[Any]:
     return [
         cache
         for space in spaces
-        for value in list(space.values())
+        for held in list(space.values())
+        for value in [getattr(held, "__func__", held)]  # inside a static or class method
         for cache in (value, *_closed_over(value))
         if isinstance(cache, functools._lru_cache_wrapper)
     ]
