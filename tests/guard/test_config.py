@@ -163,6 +163,16 @@ def test_fewer_heads_are_not_taken_for_smaller_ones(kind: str) -> None:
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 8)
 
 
+def test_a_head_size_that_was_left_out_is_said_when_it_no_longer_follows() -> None:
+    model = pretrained("MixtralForCausalLM", {**TEXT, "num_key_value_heads": 2})
+    assert model.config.head_dim is None
+    done = apply(model, Narrow("*.self_attn.q_proj.out", to=1), (), {"input_ids": IDS})
+    config = model.config
+    assert done.notes == ()
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 8)
+    type(model)(config).load_state_dict(model.state_dict())
+
+
 def test_a_factor_that_modules_hold_keeps_a_config_from_saying_half_of_it() -> None:
     """The scale of the logits stays with the model; one built anew would choose another."""
     model = pretrained("LlamaForCausalLM", GROUPED)

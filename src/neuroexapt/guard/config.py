@@ -37,7 +37,7 @@ from neuroexapt.guard.config_sizes import (
 from neuroexapt.guard.ledger import Ledger, set_attribute
 from neuroexapt.guard.verify import Behaviour, behaviour, same_outputs
 
-_MOST_SOLUTIONS = 4
+_MOST_SOLUTIONS = 8
 # What was learnt of each model; where it cannot be built, why.
 _TABLES: weakref.WeakKeyDictionary[nn.Module, tuple[str, SizeTable | str]] = (
     weakref.WeakKeyDictionary()

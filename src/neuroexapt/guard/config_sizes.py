@@ -226,7 +226,8 @@ class SizeTable:
     seconds: float = 0.0
     base: Sizes = field(default_factory=dict)
     effects: dict[Paths, _Effect | None] = field(default_factory=dict)
-    left_out: dict[Paths, set[int]] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    tried: dict[str, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.base = self._built(self.config)
@@ -247,10 +248,10 @@ class SizeTable:
             NotBuilt: it takes too long.
         """
         wanted = {size for place, size in self.base.items() if size != target[place]}
-        values = values_of(self.config)
+        self._give_left_out(wanted)
         numbers = {
             path: value
-            for path, value in values.items()
+            for path, value in values_of(self.config).items()
             if type(value) is int and value > 0 and any(size % value == 0 for size in wanted)
         }
         order = sorted(numbers, key=lambda path: (numbers[path] not in wanted, -numbers[path]))
@@ -260,10 +261,21 @@ class SizeTable:
             together = tuple(path for path in alone if numbers[path] == value)
             if len(together) > 1:
                 self._look_at(together, value)
+
+    def _give_left_out(self, wanted: Set[int]) -> None:
+        """Say the numbers that are None and follow others, so that these set their own sizes."""
+        values = values_of(self.config)
+        heads = {v for path, v in values.items() if path.endswith("heads") and v}
+        parts = {size // value for size in wanted for value in heads if size % value == 0}
         absent = [path for path in values if values[path] is None and _SIZE_NAME.search(path)]
         for path in absent[:_MOST_NUMBERS]:
-            for size in sorted(wanted):
-                self._look_at_left_out((path,), size)
+            for size in sorted((wanted | parts) - self.tried.setdefault(path, set())):
+                self.tried[path].add(size)
+                if self._with((path,), size) == self.base != self._with((path,), 2 * size):
+                    self.config = changed(self.config, {path: size})
+                    self.effects.clear()
+                    self.left_out[path] = size
+                    break
 
     def _looked(self, path: str, value: int) -> bool:
         self._look_at((path,), value)
@@ -281,16 +293,6 @@ class SizeTable:
                 break
         self.effects[paths] = effect
 
-    def _look_at_left_out(self, paths: Paths, size: int) -> None:
-        """A number that is None may stand for one of the sizes."""
-        tried = self.left_out.setdefault(paths, set())
-        if size in tried or self.effects.get(paths):
-            return
-        tried.add(size)
-        if self._with(paths, size) == self.base:
-            self.effects.pop(paths, None)
-            self._look_at(paths, size)
-
     def _with(self, paths: Paths, value: int) -> Sizes:
         """The sizes with another number; none where that cannot be built, which says nothing."""
         try:
@@ -300,55 +302,42 @@ class SizeTable:
                 raise
             return {}
 
-    def rows(self, target: Sizes, given: Set[Paths]) -> dict[_Row, tuple[str, int]]:
-        """Every size as a function of the numbers, alike ones once, each with a place.
-
-        Args:
-            target: sizes wanted, at the places of ``base``.
-            given: numbers that were left out and are so no longer; where one counts, those
-                that it followed do not.
-        """
+    def rows(self, target: Sizes) -> dict[_Row, tuple[str, int]]:
+        """Every size as a function of the numbers, alike ones once, each with a place."""
         found: dict[_Row, tuple[str, int]] = {}
         for place, base in self.base.items():
-            here = {
-                paths: (effect.old, _slope(effect, base, effect.sizes[place]))
-                for paths, effect in self.known.items()
-                if place in effect.sizes and (paths in given or paths not in self.left_out)
-            }
-            here = {paths: at for paths, at in here.items() if paths in given} or here
-            terms = tuple((paths, *at) for paths, at in here.items())
+            terms = tuple(
+                (paths, effect.old, _slope(effect, base, effect.sizes[place]))
+                for paths, effect in self.effects.items()
+                if effect is not None and place in effect.sizes
+            )
             found.setdefault(_Row(base, terms, target[place]), place)
         return found
 
-    @property
-    def known(self) -> dict[Paths, _Effect]:
-        """The numbers that set any size."""
-        return {paths: effect for paths, effect in self.effects.items() if effect and effect.sizes}
-
     def solutions(self, target: Sizes, now: Any) -> Iterator[dict[str, int]]:
-        """Numbers that give the sizes wanted, those with the fewest changes first.
+        """Numbers that may give the sizes wanted, those with the fewest changes first.
 
         Args:
             target: sizes wanted, at the places of ``base``.
             now: the config to start from.
         """
-        held = values_of(now)
-        start = {paths: held.get(paths[0]) or effect.old for paths, effect in self.known.items()}
-        given = {paths for paths in self.left_out if held.get(paths[0]) is not None}
-        rows: dict[frozenset[Paths], Sequence[_Row]] = {}
+        rows, held = list(self.rows(target)), values_of(now)
+        olds = {paths: old for row in rows for paths, old, _ in row.terms}
+        start = {paths: held.get(paths[0]) or old for paths, old in olds.items()}
+        given = {path: size for path, size in self.left_out.items() if held.get(path) is None}
         for count in range(len(start) + 1):
             for vary in itertools.combinations(start, count):
-                new = frozenset(given | (self.left_out.keys() & set(vary)))
-                if new not in rows:
-                    rows[new] = tuple(self.rows(target, new))
-                values = _solve(rows[new], {p: v for p, v in start.items() if p not in vary}, vary)
-                if values is not None and all(values[p] != held.get(p[0]) for p in vary):
-                    yield {path: values[paths] for paths in vary for path in paths}
+                values = _solve(rows, {p: v for p, v in start.items() if p not in vary}, vary)
+                if values is not None and all(values[p] != start[p] for p in vary):
+                    new = {path: values[paths] for paths in vary for path in paths}
+                    yield new
+                    if given.keys() - new.keys():  # what was left out may no longer follow
+                        yield {**given, **new}
 
     def conflicts(self, target: Sizes) -> dict[str, tuple[int, ...]]:
         """For each number that alone sets sizes: the values these want, where they differ."""
         wanted: dict[str, set[int | None]] = {}
-        for row in self.rows(target, self.left_out.keys()):
+        for row in self.rows(target):
             if len(row.terms) == 1:
                 (paths, *_), *_ = row.terms
                 wanted.setdefault(paths[0], set()).add(row.solved({}, paths))
