@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neuroexapt.capture.attributes import Attribute, attributes_set
 from neuroexapt.capture.numbers import Number, Watch, attributes_tracked
 from neuroexapt.capture.restore import restored
-from neuroexapt.capture.trace import Call, ModuleRun, Source, TensorRef, Trace
+from neuroexapt.capture.source import user_line
+from neuroexapt.capture.trace import Call, ModuleRun, TensorRef, Trace
 from neuroexapt.capture.whole import Whole
 from neuroexapt.errors import CaptureError
 
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parent.parent)
-_HERE = str(Path(__file__).parent)
+_DEVICE = torch.ops.prim.device.default
 # Ids are unique over all runs of a process, so that refs of two runs never meet.
 _SERIALS = itertools.count()
 
@@ -90,7 +87,7 @@ class _Tape:
         finally:
             self.inside = False
         outputs = self.refs(result)
-        call = Call(op, overload, sealed, {}, outputs, self.module, _user_line(), pointwise=False)
+        call = Call(op, overload, sealed, {}, outputs, self.module, user_line(), pointwise=False)
         self.calls.append(call)
         return result
 
@@ -98,8 +95,22 @@ class _Tape:
         return tuple(self.ref(leaf) for leaf in opened(value) if isinstance(leaf, Tensor))
 
     def seal(self, value: Any) -> Any:
-        """The value with each tensor replaced by its ref."""
-        return pytree.tree_map_only(Tensor, self.ref, value)
+        """The arguments of an operator with each tensor replaced by its ref."""
+        if isinstance(value, Tensor):
+            return self.ref(value)
+        if isinstance(value, (tuple, list)):
+            return type(value)([self.seal(item) for item in value])
+        if isinstance(value, dict):
+            return {key: self.seal(item) for key, item in value.items()}
+        return value
+
+    def made(self, value: Any) -> tuple[TensorRef, ...]:
+        """What an operator returned: tensors, alone or in sequences."""
+        if isinstance(value, Tensor):
+            return (self.ref(value),)
+        if isinstance(value, (tuple, list)):
+            return tuple(ref for item in value for ref in self.made(item))
+        return ()
 
     @property
     def module(self) -> str:
@@ -114,12 +125,12 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.tape.inside:
+        if self.tape.inside or func is _DEVICE:  # asked for all the time, and no operator
             return func(*args, **kwargs)
         # Sealed before the call: an in-place operator may change an argument's shape.
         sealed_args, sealed_kwargs = self.tape.seal(args), self.tape.seal(kwargs)
         result = func(*args, **kwargs)
-        outputs = self.tape.refs(result)
+        outputs = self.tape.made(result)
         if outputs:
             namespace, name = func._schema.name.split("::")
             self.tape.calls.append(
@@ -130,7 +141,7 @@ class _Recorder(TorchDispatchMode):
                     kwargs=sealed_kwargs,
                     outputs=outputs,
                     module=self.tape.module,
-                    source=_user_line(),
+                    source=user_line(),
                     pointwise=torch.Tag.pointwise in func.tags,
                     origins=self.watch.origins(args) if self.watch else {},
                 )
@@ -147,19 +158,6 @@ def opened(value: Any) -> list[Any]:
         elif not isinstance(leaf, nn.Module) and not callable(leaf):
             leaves.extend(pytree.tree_leaves(list(vars(leaf).values())))
     return leaves
-
-
-def _user_line() -> Source | None:
-    """The innermost line that is neither torch's nor ours; None when we called the model."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_OURS) and not file.startswith(_HERE):
-            return None
-        if not file.startswith((_TORCH, _OURS, "<")) and file != contextlib.__file__:
-            return Source(file, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ class Call:
     pointwise: bool
     origins: Mapping[Place, Origin] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def inputs(self) -> tuple[TensorRef, ...]:
         """Every tensor argument, in order, lists included."""
         return tuple(refs_in((self.args, tuple(self.kwargs.values()))))

@@ -16,6 +16,8 @@ from neuroexapt.couple.site import Bind, Draft
 def tie_attention(model: nn.Module, draft: Draft) -> None:
     """Make the stream and the heads of every nn.MultiheadAttention one axis; bind its numbers."""
     for path, module in model.named_modules():
+        if isinstance(module, nn.Transformer):
+            _bind_width(path, draft)
         if isinstance(module, nn.MultiheadAttention):
             prefix = f"{path}." if path else ""
             try:
@@ -24,6 +26,13 @@ def tie_attention(model: nn.Module, draft: Draft) -> None:
                 for name, _ in module.named_parameters(prefix=path):
                     for axis in draft.parameters[name]:
                         algebra.pin(axis, f"nn.MultiheadAttention cannot follow: {mismatch}")
+
+
+def _bind_width(path: str, draft: Draft) -> None:
+    """nn.Transformer compares its inputs with the size it was built with."""
+    first = f"{path}.encoder.layers.0.linear1.weight".lstrip(".")
+    if first in draft.parameters:
+        draft.binds.append(Bind(path, "d_model", draft.parameters[first][1:2]))
 
 
 def _tie(path: str, prefix: str, module: nn.MultiheadAttention, draft: Draft) -> None:

@@ -117,8 +117,15 @@ def _pin_unused(draft: Draft, traces: Iterable[Trace], parameters: Sequence[str]
             continue
         for axis in dims:
             algebra.pin(axis, f"'{name}' is not used in this forward")
-        if name in parameters:  # an idle buffer has nothing to learn from a width
+        if name in parameters and not _is_shift(draft, name):  # a buffer reads nothing either
             _pin_readers_choice(draft, name, dims[min(1, len(dims) - 1) :][:1])
+
+
+def _is_shift(draft: Draft, name: str) -> bool:
+    """The bias of a layer whose weight says what it reads."""
+    owner, _, leaf = name.rpartition(".")
+    weight = draft.parameters.get(f"{owner}.weight".lstrip("."), ())
+    return leaf == "bias" and len(weight) > 1
 
 
 def _pin_readers_choice(draft: Draft, name: str, reads: Dims) -> None:
