@@ -90,7 +90,7 @@ def test_a_promise_is_held_to_what_rounding_does() -> None:
 
 
 def test_reentrant_checkpoints_take_part() -> None:
-    """They refuse ``autograd.grad``; the check of gradients goes another way."""
+    """They refuse ``autograd.grad``: there the check of gradients says nothing."""
 
     class Checkpointed(nn.Module):
         def __init__(self) -> None:

@@ -111,17 +111,22 @@ def _items(value: Any) -> list[tuple[str, Any]]:
     """What is inside a sequence or a config; other objects may keep sizes in step themselves."""
     if type(value) in (list, tuple, torch.Size):
         return [(str(i), item) for i, item in enumerate(value)] if len(value) <= _LONGEST else []
-    if isinstance(value, (nn.Module, type)) or not (isinstance(value, dict) or _is_config(value)):
+    if isinstance(value, (nn.Module, type)) or not (isinstance(value, dict) or is_config(value)):
         return []
     contents = _contents(value)
     return [(k, v) for k, v in contents.items() if isinstance(k, str) and "." not in k]
 
 
-def _is_config(value: Any) -> bool:
-    return hasattr(value, "__dict__") and (
-        isinstance(value, _PLAIN_HOLDERS)
-        or dataclasses.is_dataclass(value)
-        or type(value).__name__.endswith(_HOLDER_NAMES)
+def is_config(value: Any) -> bool:
+    """Whether an object only holds settings: other objects may keep sizes in step themselves."""
+    return (
+        not isinstance(value, (nn.Module, type))
+        and hasattr(value, "__dict__")
+        and (
+            isinstance(value, _PLAIN_HOLDERS)
+            or dataclasses.is_dataclass(value)
+            or type(value).__name__.endswith(_HOLDER_NAMES)
+        )
     )
 
 

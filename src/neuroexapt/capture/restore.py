@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from neuroexapt.capture.attributes import is_config
+
 _CONTAINERS = (dict, list, set)
 
 
@@ -50,6 +52,13 @@ def _same(value: Any, contents: Any) -> bool:
     if isinstance(value, list):
         return all(a is b for a, b in zip(value, contents, strict=True))
     return {id(item) for item in value} == {id(item) for item in contents}
+
+
+def _held(model: nn.Module) -> list[dict[str, Any]]:
+    """The attributes of every module, and of every config that one holds."""
+    spaces = [vars(module) for module in model.modules()]
+    configs = [vars(value) for space in spaces for value in space.values() if is_config(value)]
+    return list({id(space): space for space in (*spaces, *configs)}.values())
 
 
 def _caches(model: nn.Module) -> list[Any]:
@@ -93,7 +102,7 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
     Module attributes (values cached by a forward, lists it appends to) and tables, training
     flags, random states, the attention switch.
     """
-    held = [(vars(module), _shallow(vars(module))) for module in model.modules()]
+    held = [(contents, _shallow(contents)) for contents in _held(model)]
     states = random.getstate(), np.random.get_state()
     devices = range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ()
     accelerator = torch.accelerator.current_accelerator()
