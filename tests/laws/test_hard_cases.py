@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,43 @@ def test_a_promise_is_held_to_what_rounding_does() -> None:
     torch.manual_seed(0)
     done = apply(Amplifier(), Widen("a.out", by=61), (X,))
     assert done.max_difference > 1e-5
+
+
+def test_plain_objects_of_a_module_are_put_back() -> None:
+    """A state object, a dict in a dict, a config: a look leaves nothing in them."""
+
+    class State:
+        def __init__(self) -> None:
+            self.running: Tensor | None = None
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state, self.table = State(), {"inner": {"seen": [0]}}
+            self.config = types.SimpleNamespace(steps=5)
+            self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            self.config.steps += 1
+            self.config.late = y
+            self.table["inner"]["seen"].append(x.shape[0])
+            self.state.running = y if self.state.running is None else self.state.running + y
+            return torch.as_tensor(self.head(self.state.running))
+
+    model = Keeping()
+    map_axes(model, (X,))
+    assert model.state.running is None
+    assert model.table == {"inner": {"seen": [0]}}
+    assert vars(model.config) == {"steps": 5}
+    model(X).sum().backward()
+    assert type(model.body.weight.grad) is Tensor
+
+
+def test_an_edit_inside_autocast_is_refused_in_words() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(GuardError, match="autocast"):
+        apply(model, Widen("0", by=1), (X,))
 
 
 def test_reentrant_checkpoints_take_part() -> None:

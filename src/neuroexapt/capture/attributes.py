@@ -58,7 +58,11 @@ def write(model: nn.Module, at: Attribute, value: Any) -> None:
     """Set an attribute; a tuple on the way is replaced by one that has the value in its place."""
     parent, _, last = at.name.rpartition(".")
     if not parent:
-        setattr(model.get_submodule(at.module), last, value)
+        own = vars(model.get_submodule(at.module))
+        if last in own:  # past a __setattr__ of the user's, which may count or refuse
+            own[last] = value
+        else:
+            setattr(model.get_submodule(at.module), last, value)
         return
     holder = read(model, Attribute(at.module, parent))
     if isinstance(holder, tuple):

@@ -9,38 +9,50 @@ import random
 import sys
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-
-from neuroexapt.capture.attributes import is_config
+from torch import Tensor, nn
 
 _CONTAINERS = (dict, list, set)
+_DEEPEST = 4  # objects in lists in objects of a module: further in nobody keeps state
+_LONGEST = 1000
+_OPAQUE = (Tensor, nn.Module, type, types.ModuleType)
 
 
-def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Each attribute with a copy of its contents, if it is a plain container."""
-    return {
-        name: (value, value.copy() if isinstance(value, _CONTAINERS) else None)
-        for name, value in attributes.items()
-    }
+def _spaces(model: nn.Module) -> list[Any]:
+    """Every container of the modules' attributes, and of plain objects that they hold."""
+    found: dict[int, Any] = {}
+    edge: list[Any] = [vars(module) for module in model.modules()]
+    for _ in range(_DEEPEST):
+        fresh = [space for space in edge if id(space) not in found]
+        found.update((id(space), space) for space in fresh)
+        edge = [inner for space in fresh for inner in _inside(space)]
+    return list(found.values())
 
 
-def _put_back(attributes: dict[str, Any], old: dict[str, tuple[Any, Any]]) -> None:
-    """The same objects under the same names, containers with the contents they had."""
-    for name in [name for name in attributes if name not in old]:
-        del attributes[name]
-    for name, (value, contents) in old.items():
-        attributes[name] = value
-        if contents is not None and not _same(value, contents):
-            if isinstance(value, list):
-                value[:] = contents
-            else:
-                value.clear()
-                value.update(contents)
+def _inside(space: Any) -> Iterator[Any]:
+    if len(space) > _LONGEST:
+        return
+    for value in list(space.values() if isinstance(space, dict) else space):
+        if type(value) in _CONTAINERS or isinstance(value, OrderedDict):
+            yield value
+        elif hasattr(value, "__dict__") and not isinstance(value, _OPAQUE) and not callable(value):
+            yield vars(value)
+
+
+def _put_back(space: Any, contents: Any) -> None:
+    """The same container with the contents it had."""
+    if _same(space, contents):
+        return
+    if isinstance(space, list):
+        space[:] = contents
+    else:
+        space.clear()
+        space.update(contents)
 
 
 def _same(value: Any, contents: Any) -> bool:
@@ -52,13 +64,6 @@ def _same(value: Any, contents: Any) -> bool:
     if isinstance(value, list):
         return all(a is b for a, b in zip(value, contents, strict=True))
     return {id(item) for item in value} == {id(item) for item in contents}
-
-
-def _held(model: nn.Module) -> list[dict[str, Any]]:
-    """The attributes of every module, and of every config that one holds."""
-    spaces = [vars(module) for module in model.modules()]
-    configs = [vars(value) for space in spaces for value in space.values() if is_config(value)]
-    return list({id(space): space for space in (*spaces, *configs)}.values())
 
 
 def _caches(model: nn.Module) -> list[Any]:
@@ -99,10 +104,10 @@ def _cpu_fork() -> contextlib.AbstractContextManager[None]:
 def restored(model: nn.Module, training: bool) -> Iterator[None]:
     """Set every training flag; put everything back that a forward may leave behind.
 
-    Module attributes (values cached by a forward, lists it appends to) and tables, training
-    flags, random states, the attention switch.
+    Module attributes and tables, what plain objects and configs of the modules hold (values
+    cached by a forward, lists it appends to), training flags, random states, the attention switch.
     """
-    held = [(contents, _shallow(contents)) for contents in _held(model)]
+    held = [(space, space.copy()) for space in _spaces(model)]
     states = random.getstate(), np.random.get_state()
     devices = range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ()
     accelerator = torch.accelerator.current_accelerator()
@@ -118,8 +123,8 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
         silent.disabled = True
         # The fused inference kernel of nn.MultiheadAttention hides the projections inside it.
         torch.backends.mha.set_fastpath_enabled(False)
-        for attributes, _ in held:
-            attributes["training"] = training
+        for module in model.modules():
+            vars(module)["training"] = training
         fork = torch.random.fork_rng(devices, device_type=kind) if devices else _cpu_fork()
         # A look without gradients draws warnings that no run of the user's would.
         with fork, warnings.catch_warnings():
@@ -127,8 +132,8 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
             yield
     finally:
         _clear(caches)
-        for attributes, old in held:
-            _put_back(attributes, old)
+        for space, contents in held:
+            _put_back(space, contents)
         silent.disabled = disabled
         random.setstate(states[0])
         np.random.set_state(states[1])

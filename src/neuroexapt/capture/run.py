@@ -112,6 +112,15 @@ class _Tape:
             return tuple(ref for item in value for ref in self.made(item))
         return ()
 
+    def constants(self, args: Sequence[Any]) -> dict[TensorRef, float]:
+        """Numbers that came as tensors; a fake tensor keeps what it was made of."""
+        found = {}
+        for value in args:
+            held = getattr(value, "constant", None)
+            if isinstance(held, Tensor) and held.dim() == 0 and not held.is_complex():
+                found[self.ref(value)] = float(held)
+        return found
+
     @property
     def module(self) -> str:
         return self.stack[-1] if self.stack else ""
@@ -129,6 +138,7 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         # Sealed before the call: an in-place operator may change an argument's shape.
         sealed_args, sealed_kwargs = self.tape.seal(args), self.tape.seal(kwargs)
+        constants = self.tape.constants(args)
         result = func(*args, **kwargs)
         outputs = self.tape.made(result)
         if outputs:
@@ -144,6 +154,7 @@ class _Recorder(TorchDispatchMode):
                     source=user_line(),
                     pointwise=torch.Tag.pointwise in func.tags,
                     origins=self.watch.origins(args) if self.watch else {},
+                    constants=constants,
                 )
             )
         return result

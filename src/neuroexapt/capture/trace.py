@@ -87,7 +87,8 @@ class Call:
     :class:`TensorRef`; ``outputs`` are the tensors it returned, flat and in order.
     ``op`` is the operator without its overload (``aten.add``), ``overload`` the rest.
     ``origins`` says of numbers among ``args`` (by argument, and place in its list) from which
-    attribute or size user code made them.
+    attribute or size user code made them; ``constants`` are the values of tensors among the
+    arguments that were made of a single number (``torch.tensor(2.0)``).
     """
 
     op: str
@@ -99,6 +100,7 @@ class Call:
     source: Source | None
     pointwise: bool
     origins: Mapping[Place, Origin] = field(default_factory=dict)
+    constants: Mapping[TensorRef, float] = field(default_factory=dict)
 
     @functools.cached_property
     def inputs(self) -> tuple[TensorRef, ...]:

@@ -1,4 +1,4 @@
-"""Factors that user code computes from sizes: ``scores / math.sqrt(self.head_dim)``.
+"""Numbers that user code computes from sizes: ``scores / math.sqrt(self.head_dim)``.
 
 A dot product divided by the root of its width keeps its logits when Widen and Narrow scale the
 queries. Any other number that follows a width changes what the model computes as soon as the
@@ -8,9 +8,9 @@ from, but the run with every width at another size does: each width grows by a r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import isclose
+from math import isclose, prod
 
 from neuroexapt.capture import Call
 from neuroexapt.couple import axis as algebra
@@ -18,67 +18,103 @@ from neuroexapt.couple.axis import Axis, find
 from neuroexapt.couple.probe import Prober, predicted
 from neuroexapt.couple.site import Mix
 
-_FACTORS = {"aten.mul", "aten.div", "aten.mul_", "aten.div_"}
 _POWERS = (-0.5, 0.5, -1.0, 1.0, -0.25, 0.25)
 
 
 @dataclass(frozen=True)
 class Moving:
-    """A factor of a call that was another one in the run with other sizes."""
+    """A number of a call that was another one in the run with other sizes.
+
+    ``factor`` is by how much a product grew with it; None where the number is no factor.
+    """
 
     call: Call
     ratio: float
+    factor: float | None
 
 
 def note_scales(prober: Prober) -> None:
-    """Find the dot products that follow their width, and the widths that other factors follow."""
+    """Find the dot products that follow their width, and the widths that other numbers follow."""
     moving = list(_moving(prober))
-    modules = {factor.call.module for factor in moving}
     mixes = prober.draft.mixes
     for number, mix in enumerate(mixes):
-        if mix.kind == "dot" and mix.data["scale"] == "free" and mix.module in modules:
+        own = [m for m in moving if m.call.module == mix.module]
+        if mix.kind == "dot" and mix.data["scale"] == "free" and _by_root(prober, mix, own):
             mixes[number] = replace(mix, data={**mix.data, "scale": "inverse_sqrt"})
-    for factor in moving:
-        for atom in dict.fromkeys(_followed(prober, factor)):
-            mixes.append(Mix(atom, "number", factor.call.module, factor.call.place, {}))
+    for moved in moving:
+        for atom in dict.fromkeys(_followed(prober, moved)):
+            mixes.append(Mix(atom, "number", moved.call.module, moved.call.place, {}))
+
+
+def _by_root(prober: Prober, mix: Mix, moving: list[Moving]) -> bool:
+    """Whether the factors of a module make one root of the width for each of its dots."""
+    factors = [m.factor for m in moving if m.factor is not None and m.factor > 0]
+    dots = [m for m in prober.draft.mixes if (m.kind, m.module) == ("dot", mix.module)]
+    ratio = predicted(mix.axis, prober.sizes) / mix.axis.size
+    # All runs of the model have told of their dots, the factors are those of one run.
+    each = prod(factors) ** (len(prober.traces) / len(dots))
+    return bool(factors) and ratio != 1 and isclose(each, ratio**-0.5, rel_tol=1e-6)
 
 
 def _moving(prober: Prober) -> Iterator[Moving]:
     for call, new in zip(prober.traces[0].calls, prober.resized, strict=False):
-        old, now = _factor(call), _factor(new)
-        if old and now and old != now and call.op in _FACTORS and now / old > 0:
-            yield Moving(call, now / old)
+        if call.inputs and all(ref in call.constants for ref in call.inputs):
+            continue  # still on its way to what it will scale
+        for old, now in zip(_numbers(call), _numbers(new), strict=False):
+            if old != now and old and now:
+                ratio = now / old
+                yield Moving(call, ratio, _factor(call, ratio))
 
 
-def _factor(call: Call) -> float | None:
-    """The Python number a product or quotient was made with."""
-    other = call.args[1] if len(call.args) > 1 else None
-    return float(other) if isinstance(other, (int, float)) else None
+def _factor(call: Call, ratio: float) -> float | None:
+    op = call.op.rstrip("_")
+    if op == "aten.div":
+        return 1 / ratio
+    scaled = op == "aten.mul" or "scaled_dot_product" in op or op == "aten.baddbmm"
+    return ratio if scaled else None
 
 
-def _followed(prober: Prober, factor: Moving) -> Iterator[Axis]:
-    """Atoms of the axes near the call whose growth explains the factor's, but for its own dots."""
-    dots = {
-        atom
+def _numbers(call: Call) -> list[float]:
+    """The numbers a call computes with: sizes and places are whole, and no operands."""
+    given = [*call.args, *call.kwargs.values()]
+    whole = [v for v in call.args[1:] if type(v) is int] if call.pointwise else []
+    floats = [v for v in given if type(v) is float]
+    constants = [call.constants[v] for v in call.inputs if v in call.constants]
+    return [*map(float, whole), *floats, *constants]
+
+
+def _followed(prober: Prober, number: Moving) -> Iterator[Axis]:
+    """Atoms near the call whose growth explains the number's, but for a dot's own root.
+
+    Where none explains it, any of them may be behind it.
+    """
+    dots = [
+        mix.axis
         for mix in prober.draft.mixes
-        if mix.kind == "dot" and mix.module == factor.call.module
-        for atom in algebra.atoms(mix.axis)
-        if mix.data["scale"] == "inverse_sqrt"
-    }
-    for axis in _near(prober, factor.call):
-        ratio = predicted(axis, prober.sizes) / axis.size
-        if ratio != 1 and any(isclose(factor.ratio, ratio**p, rel_tol=1e-9) for p in _POWERS):
-            yield from (a for a in algebra.atoms(axis) if not a.pin and a not in dots)
+        if mix.kind == "dot"
+        and mix.module == number.call.module
+        and mix.data["scale"] == "inverse_sqrt"
+    ]
+    if number.factor and any(_explains(prober, axis, number.ratio) for axis in dots):
+        return
+    near = _near(prober, number.call)
+    explained = [axis for axis in near if _explains(prober, axis, number.ratio)]
+    for axis in explained or near:
+        yield from (atom for atom in algebra.atoms(axis) if not atom.pin)
 
 
-def _near(prober: Prober, call: Call) -> Iterable[Axis]:
+def _explains(prober: Prober, axis: Axis, ratio: float) -> bool:
+    grown = predicted(axis, prober.sizes) / axis.size
+    return grown != 1 and ratio > 0 and any(isclose(ratio, grown**p, rel_tol=1e-6) for p in _POWERS)
+
+
+def _near(prober: Prober, call: Call) -> list[Axis]:
     """What the call works on, and what the numbers of its module and those around it stand for."""
     found: dict[Axis, None] = {}
     for ref in call.inputs:
         found.update((find(axis), None) for axis in prober.draft.dims.get(ref, ()))
     for bind in prober.draft.binds:
-        if not bind.is_tuple and f"{call.module}.".startswith(
-            f"{bind.module}." if bind.module else ""
-        ):
+        around = f"{bind.module}." if bind.module else ""
+        if not bind.is_tuple and f"{call.module}.".startswith(around):
             found[find(bind.axes[0])] = None
-    return found
+    return list(found)

@@ -186,7 +186,7 @@ def group_norm(axes: AxisMap, width: Width, tensors: Mapping[str, Tensor]) -> li
     for place in width.appearances:
         if place.roles == {"elementwise"}:
             continue
-        squares = tensors[place.tensor].detach().double().square().cpu()
+        squares = tensors[place.tensor].detach().abs().double().square().cpu()
         expr = axes.tensors[place.tensor][place.dim]
         share = unit_sums(squares, expr, width.name, place.dim, width.size)
         mean = float(share.mean())

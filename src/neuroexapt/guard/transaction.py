@@ -330,6 +330,15 @@ def inner_module(model: nn.Module) -> nn.Module:
 
 
 def _check_mode() -> None:
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu", accelerator.type if accelerator is not None else "cpu"}
+    if any(torch.is_autocast_enabled(kind) for kind in kinds):
+        raise GuardError(
+            "apply",
+            seen="an autocast region",
+            needed="a call outside of it: autocast keeps copies of the weights",
+            next_step="leave `with torch.autocast(...)` first",
+        )
     if torch.is_inference_mode_enabled():
         raise GuardError(
             "apply",

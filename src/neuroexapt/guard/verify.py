@@ -112,7 +112,8 @@ def _forward(
                 next_step="check its dtype and device; the model is untouched",
             ) from error
     # A forward may turn gradients on by itself; its graph would hold the parameters.
-    return [leaf.detach() for leaf in opened(result) if isinstance(leaf, Tensor)]
+    tensors = [leaf.detach() for leaf in opened(result) if isinstance(leaf, Tensor)]
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
 
 
 def verify(
