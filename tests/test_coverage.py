@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.coverage.case import Case, all_cases
-from benchmarks.coverage.check import check
+from benchmarks.coverage.check import _made, check
 from benchmarks.coverage.oracle import permutation, silent_units
 from benchmarks.coverage.outputs import changed, difference, fingerprint, tensors_of
 from benchmarks.coverage.page import headline, page
@@ -97,6 +97,13 @@ def test_a_case_of_the_zoo_passes_every_stage(case: Case) -> None:
     assert result.safe
     assert 0 < result.facts["narrowed"] < 0.9 * result.facts["parameters"]
     assert result.facts["widened"] == result.facts["widths"] > 0
+
+
+def test_no_norm_is_left_at_ones_and_zeros() -> None:
+    model = _made(_case(Gated))
+    assert all(parameter.std() > 0 for parameter in model.parameters())
+    again = _made(_case(Gated))
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
 
 
 def test_a_model_that_breaks_by_itself_is_no_success() -> None:

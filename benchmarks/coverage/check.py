@@ -50,8 +50,7 @@ class Bench:
 
     def fresh(self) -> nn.Module:
         """The same model once more; made rather than copied, since not all can be copied."""
-        torch.manual_seed(SEED)
-        return self.case.make()
+        return _made(self.case)
 
 
 class Wrong(Exception):
@@ -141,9 +140,22 @@ def _where(error: BaseException) -> str:
     return f" ({trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno})"
 
 
-def _build(case: Case, result: Result) -> Bench:
+def _made(case: Case) -> nn.Module:
+    """The model with weights as if it had trained: nothing is all ones or zeros, as norms begin.
+
+    A scale of ones and a shift of zeros would hide what an edit does to them.
+    """
     torch.manual_seed(SEED)
     model = case.make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and bool((parameter == parameter.mean()).all()):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def _build(case: Case, result: Result) -> Bench:
+    model = _made(case)
     args, kwargs = case.inputs()
     result.facts["parameters"] = sum(p.numel() for p in model.parameters())
     return Bench(case, model, args, kwargs, result)

@@ -13,7 +13,7 @@ from benchmarks.coverage.result import GONE, STAGES, Result
 _HEAD = f"""# Coverage
 
 What `map_axes`, `Narrow("*", by=0.25)` and `Widen("*", by=0.25)` do to models that were not written
-for them, as built, with random weights. Made by
+for them, as built, with random weights (scales and shifts of norms too). Made by
 
 ```sh
 python -m benchmarks.coverage --out docs/coverage.md

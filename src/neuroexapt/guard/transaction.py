@@ -27,6 +27,7 @@ from neuroexapt.edit import (
     resized,
 )
 from neuroexapt.errors import GuardError
+from neuroexapt.guard.config import Run, follow, owners
 from neuroexapt.guard.hooked import drop_graphs
 from neuroexapt.guard.ledger import (
     Ledger,
@@ -58,6 +59,7 @@ class Applied:
         max_difference: largest absolute difference of any output on the example input, in
             evaluation and training mode.
         seconds: time for planning, writing and verifying.
+        notes: what the edit could not bring in step, such as a config.
     """
 
     edit: Edit
@@ -66,6 +68,7 @@ class Applied:
     parameters_after: int
     max_difference: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 class Transaction:
@@ -120,10 +123,12 @@ class Transaction:
         modes = tuple(trace.training for trace in axes.traces)
         before = behaviour(self.model, args, kwargs, modes)
         parameters = _count(self.model)
+        configs = owners(self.model)
         mark = len(self.ledger)
         try:
             write(self.ledger, self.model, self.optimizer, patch)
             difference = verify(self.model, args, kwargs, before, patch.preserves)
+            notes = follow(self.ledger, self.model, configs, Run(args, kwargs, modes))
         except BaseException:
             self.ledger.roll_back(to=mark)
             raise
@@ -134,6 +139,7 @@ class Transaction:
             _count(self.model),
             difference,
             time.perf_counter() - started,
+            notes,
         )
 
     def stage(self, patch: Patch) -> None:
