@@ -166,7 +166,10 @@ class Claim:
 def claim(call: RealCall, rule: Rule | None = None) -> Claim:
     """Apply the operator's rule to the call alone, on axes of which nothing else is known."""
     outputs, same = call.run(call.tensors)
-    refs = [TensorRef(-1 - n, tuple(t.shape), t.dtype) for n, t in enumerate(call.tensors)]
+    refs = [
+        TensorRef(-1 - n, tuple(t.shape), t.dtype, t.stride() if t.layout is torch.strided else ())
+        for n, t in enumerate(call.tensors)
+    ]
     by_id = {id(tensor): ref for tensor, ref in zip(call.tensors, refs, strict=True)}
     made = tuple(
         refs[place]

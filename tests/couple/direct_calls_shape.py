@@ -163,7 +163,11 @@ def views() -> Iterator[RealCall]:
     yield call("unfold_backward", x(4, 3, 2), [4, 6], 1, 2, 2)
     for op in ("as_strided", "as_strided_copy"):
         yield call(op, x(4, 6), [3, 2], [2, 1])
+        yield call(op, x(2, 8, 3), [2, 3, 4, 3], [24, 6, 3, 1])
+        yield call(op, x(6, 4).t(), [4, 6], [6, 1])
+        yield call(op, x(4, 6), [3, 6], [6, 1], 6)
     yield call("as_strided_", x(4, 6, 1, 1), [4, 6, 1, 1], [6, 1, 6, 6])
+    yield call("as_strided_", x(4, 6, 1, 1, 1), [4, 6, 1, 1, 1], [6, 1, 6, 6, 6])
     yield call("select_scatter", x(4, 5, 6), x(4, 6), 1, 2)
     yield call("slice_scatter", x(4, 5, 6), x(4, 2, 6), 1, 1, 3)
     yield call("diagonal_scatter", x(4, 5, 4), x(5, 4), 0, 0, 2)

@@ -49,6 +49,43 @@ def turned(x: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.polar(pairs.real, pairs.imag)).flatten(1)
 
 
+class Rotary(nn.Module):
+    """Two heads of (plain | pairs to be turned); a row of its matrix must stay even."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(5, 20), nn.Linear(20, 3)
+        self.plain, self.pairs = 6, 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.q(x).view(*x.shape[:2], 2, self.plain + self.pairs)
+        plain, pairs = heads.split([self.plain, self.pairs], dim=-1)
+        turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * torch.tensor(1j)
+        return self.out(torch.cat([plain, torch.view_as_real(turned).flatten(3)], -1).flatten(2))
+
+
+class Asserting(nn.Module):
+    """Asks the data something, then compares a size with an attribute, beside other operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.beside, self.last = nn.Linear(5, 6), nn.Linear(5, 3), nn.Linear(6, 3)
+        self.wide = 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 2 * (-x if x.isnan().any().item() else x)
+        y = self.first(x)
+        assert y.shape[-1] == self.wide
+        return self.beside(x) + self.last(y)
+
+
+def in_chunks(x: Tensor) -> Tensor:
+    """Chunks of two tokens, each beginning in the middle of the last one, summed up."""
+    batch, token, channel = x.stride()
+    shape, strides = (len(x), x.shape[1] - 1, 2, x.shape[2]), (batch, token, token, channel)
+    return x.as_strided(shape, strides).sum(2)
+
+
 def pooled_back(x: Tensor) -> Tensor:
     small, places = F.max_pool2d(x, 2, return_indices=True)
     return F.max_unpool2d(small, places, 2)
@@ -182,6 +219,9 @@ WHOLE_ROWS = (
     Row("circular pad", image(lambda x: F.pad(x, (1, 1, 1, 1), mode="circular")), IMAGE, (6,)),
     Row("sliding windows", vector(lambda x: x.unfold(1, 3, 2).mean(-1)), TOKENS, (6,)),
     Row("strides", vector(lambda x: x.as_strided((4, 3), (6, 2)), 6, 3), VECTOR, (), "by strides"),
+    Row("strides that leave channels", vector(in_chunks), TOKENS, (6,)),
+    Row("an assertion after a question to the data", Asserting, VECTOR, (6,)),
+    Row("pairs in even rows", Rotary, TOKENS, (2, 6), "imaginary part"),
     Row("diagonals", vector(lambda x: x.diag_embed().diagonal(dim1=1, dim2=2)), VECTOR, (6,)),
     Row(
         "blocks",

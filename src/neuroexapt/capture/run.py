@@ -69,7 +69,8 @@ class _Tape:
         shape = tuple(int(size) for size in tensor.shape)
         if known is not None and known.shape == shape:
             return known
-        ref = TensorRef(next(_SERIALS), shape, tensor.dtype)
+        strides = tensor.stride() if tensor.layout is torch.strided else ()
+        ref = TensorRef(next(_SERIALS), shape, tensor.dtype, strides)
         self._known[id(tensor)] = ref
         self._alive.append(tensor)
         return ref
@@ -320,16 +321,18 @@ def capture(
     ways = [(True, track), (True, False), (False, track), (False, False)]
     if any(tensor.is_meta for tensor in named_tensors(model).values()):
         ways = ways[:2]
-    first: RunFailure | None = None
+    furthest: RunFailure | None = None
     with attributes_set(model, attributes or {}):
         # Code that looks at the very type of a number runs untracked.
         for fake, tracked in dict.fromkeys(ways):
             try:
                 return _run(model, example, shapes or {}, training, fake, tracked)
             except RunFailure as failure:
-                first = first or failure
-    assert first is not None
-    raise first from first.cause
+                # Fake tensors may stop at a number read from data, before what is wrong is met.
+                if furthest is None or len(failure.calls) > len(furthest.calls):
+                    furthest = failure
+    assert furthest is not None
+    raise furthest from furthest.cause
 
 
 def capture_both(

@@ -16,11 +16,15 @@ from neuroexapt.capture.attributes import Attribute
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor met during the run. Two refs are the same tensor exactly if their ids agree."""
+    """A tensor met during the run. Two refs are the same tensor exactly if their ids agree.
+
+    ``strides`` is empty where the tensor is not laid out by strides.
+    """
 
     id: int
     shape: tuple[int, ...] = field(compare=False)
     dtype: torch.dtype = field(compare=False)
+    strides: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -161,16 +161,31 @@ class Prober:
         is_free = set(free)
         seen = dict.fromkeys(a for axis in conflict.axes for a in algebra.atoms(axis))
         suspects = [atom for atom in seen if atom in is_free]
+        if self._bind(call, conflict, suspects) or self._join(call, conflict, suspects):
+            return
+        culprits = self._culprits(conflict, suspects)
+        if not culprits:
+            # An assertion may speak of a tensor that the operator beside it does not touch.
+            culprits = self._culprits(conflict, free)
+            if self._bind(call, replace(conflict, axes=self._around(culprits)), culprits):
+                return
+        for culprit in culprits or free:
+            self._pin_alike(call, culprit, conflict.detail, is_free)
+
+    def _bind(self, call: Call, conflict: Conflict, suspects: Sequence[Axis]) -> bool:
+        """Bind the first attribute that helps; the other suspects may need one of their own."""
         for bind in self._candidate_binds(call, conflict):
-            # The other suspects rest meanwhile: each may need an attribute of its own.
             others = [a for a in suspects if a not in set(algebra.atoms(bind.axes[0]))]
             if self._helps(conflict, held=others, binds=[bind]):
-                self._bind_alike(call, bind, is_free)
-                return
-        if self._join(call, conflict, suspects):
-            return
-        for culprit in self._culprits(conflict, suspects) or self._culprits(conflict, free) or free:
-            self._pin_alike(call, culprit, conflict.detail, is_free)
+                self._bind_alike(call, bind, set(self.free_atoms()))
+                return True
+        return False
+
+    def _around(self, culprits: Iterable[Axis]) -> tuple[Axis, ...]:
+        """The axes of parameters that are made of these atoms."""
+        made = set(culprits)
+        axes = (find(axis) for dims in self.draft.parameters.values() for axis in dims)
+        return tuple(dict.fromkeys(a for a in axes if not made.isdisjoint(algebra.atoms(a))))
 
     def _culprits(self, conflict: Conflict, atoms: list[Axis]) -> list[Axis]:
         """A minimal part of these atoms that removes the conflict if held (delta debugging)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from neuroexapt.couple import axis as algebra
+from neuroexapt.couple.axis import Axis
 from neuroexapt.couple.site import Dims, Site, rule
 
 _PAIR = "the real and the imaginary part"
@@ -19,7 +21,25 @@ def view_as_complex(site: Site) -> list[Dims]:
     """(..., 2) -> (...) complex."""
     x = site.call.inputs[0]
     site.pin(site.axis(x, -1), _PAIR)
+    owner = x
+    while owner in site.draft.views:
+        owner = site.draft.views[owner]
+    # Pairs start at even places, so rows of the memory that they lie in have an even size.
+    steps = zip(site.dims(owner), owner.strides, strict=False)
+    rows = [axis for axis, stride in steps if stride == 1 < axis.size]
+    if site.call.op == "aten.view_as_complex" and rows:
+        _even(site, rows[-1])
     return [site.dims(x)[:-1]]
+
+
+def _even(site: Site, axis: Axis) -> None:
+    """Rows stay even if each of their segments does."""
+    *_, inner = algebra.factors(axis)
+    for segment in algebra.segments(inner):
+        if algebra.find(segment).form == "atom":
+            site.aligned(segment, 2)
+        else:
+            _even(site, segment)
 
 
 @rule("aten._fft_r2c", "aten._fft_c2r", "aten._fft_c2c")

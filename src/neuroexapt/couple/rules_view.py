@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Sequence
+from math import prod
+
 from neuroexapt.capture import TensorRef, refs_in
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
 from neuroexapt.couple.site import Dims, Site, rule
+
+Step = tuple[int, int]  # the size and the stride of a dimension
+
+_BY_STRIDES = "seen by strides in memory"
+_FAR = 2**20
 
 
 def _square(site: Site, x: TensorRef) -> tuple[int, int, Axis]:
@@ -102,18 +111,58 @@ def put_back(site: Site) -> list[Dims]:
 
 @rule("aten.as_strided", "aten.as_strided_", "aten.as_strided_copy")
 def as_strided(site: Site) -> list[Dims]:
-    """A view by strides in memory: any position may land anywhere.
+    """A view by strides in memory: a dimension passes where all others stay clear of it.
 
-    Adaptive pooling to one position uses it to restore a channels-last layout: (N, C, 1, 1)
-    with strides (C, 1, C, C), which moves nothing.
+    Overlapping chunks of a sequence leave the batch and the channels alone. Adaptive pooling
+    to one position restores a channels-last layout with it, which moves nothing.
     """
     x, shape, strides = site.call.args[:3]
-    channels = x.shape[1] if len(x.shape) > 1 else 0
-    if tuple(shape) == x.shape and tuple(strides) == (channels, 1, channels, channels):
-        return [site.dims(x)]
-    for axis in site.dims(site.call.inputs[0]):
-        site.pin(axis, "seen by strides in memory")
-    return [tuple(site.fixed(n, "seen by strides in memory") for n in site.call.outputs[0].shape)]
+    old = list(zip(x.shape, x.strides, strict=False))
+    new = list(zip(shape, strides, strict=True))
+    if site.setting("storage_offset") is not None or len(old) != len(x.shape):
+        passing = {}
+    elif x.shape == tuple(shape) and all(
+        a == b or a[0] == 1 for a, b in zip(old, new, strict=True)
+    ):
+        passing = {place: place for place in range(len(shape))}
+    else:
+        passing = _clear(old, new)
+    for place, axis in enumerate(site.dims(x)):
+        if place not in passing.values():
+            site.pin(axis, _BY_STRIDES)
+    return [
+        tuple(
+            site.axis(x, passing[place]) if place in passing else site.fixed(size, _BY_STRIDES)
+            for place, size in enumerate(shape)
+        )
+    ]
+
+
+def _clear(old: Sequence[Step], new: Sequence[Step]) -> dict[int, int]:
+    """New dimensions that are old ones: the others read, within one position, its own memory."""
+    alike = {
+        place: old.index(step)
+        for place, step in enumerate(new)
+        if step[0] > 1 and step in old and new.count(step) == old.count(step) == 1
+    }
+    for count in range(len(alike), 0, -1):
+        for some in itertools.combinations(alike, count):
+            passing = {place: alike[place] for place in some}
+            before = _offsets(old, passing.values())
+            if before and _offsets(new, passing) <= before:
+                return passing
+    return {}
+
+
+def _offsets(steps: Sequence[Step], without: Collection[int]) -> set[int]:
+    """Where in memory the dimensions lead, without some of them; none where it is too far."""
+    rest = [step for place, step in enumerate(steps) if place not in without]
+    if prod(size for size, _ in rest) > _FAR:
+        return set()
+    found = {0}
+    for size, stride in rest:
+        found = {start + number * stride for start in found for number in range(size)}
+    return found
 
 
 @rule("aten.select_scatter", "aten.slice_scatter", "aten.diagonal_scatter")
