@@ -49,10 +49,15 @@ def note_scales(prober: Prober) -> None:
 def _by_root(prober: Prober, mix: Mix, moving: list[Moving]) -> bool:
     """Whether the factors of a module make one root of the width for each of its dots."""
     factors = [m.factor for m in moving if m.factor is not None and m.factor > 0]
-    dots = [m for m in prober.draft.mixes if (m.kind, m.module) == ("dot", mix.module)]
+    dots = [
+        m
+        for m in prober.draft.mixes
+        if (m.kind, m.module) == ("dot", mix.module)
+        and not all(atom.pin for atom in algebra.atoms(m.axis))  # as over the tokens
+    ]
     ratio = predicted(mix.axis, prober.sizes) / mix.axis.size
     # All runs of the model have told of their dots, the factors are those of one run.
-    each = prod(factors) ** (len(prober.traces) / len(dots))
+    each = prod(factors) ** (len(prober.traces) / max(1, len(dots)))
     return bool(factors) and ratio != 1 and isclose(each, ratio**-0.5, rel_tol=1e-6)
 
 
