@@ -33,6 +33,8 @@ Sizes: TypeAlias = Mapping[tuple[str, int], int]
 Paths: TypeAlias = tuple[str, ...]
 
 _MOST_NUMBERS = 24
+# Choices of numbers to change, few first: more than this no one edit asks for.
+_MOST_TRIALS = 2000
 _LONGEST = 8  # lists beyond are no sizes of stages
 # How names of sizes end, for those that may be left out (None) and then follow others.
 _SIZE_NAME = re.compile(r"(size|dim|dims|inner|width|heads|channels|features|rank|ff|ffn)$")
@@ -325,14 +327,16 @@ class SizeTable:
         olds = {paths: old for row in rows for paths, old, _ in row.terms}
         start = {paths: held.get(paths[0]) or old for paths, old in olds.items()}
         given = {path: size for path, size in self.left_out.items() if held.get(path) is None}
-        for count in range(len(start) + 1):
-            for vary in itertools.combinations(start, count):
-                values = _solve(rows, {p: v for p, v in start.items() if p not in vary}, vary)
-                if values is not None and all(values[p] != start[p] for p in vary):
-                    new = {path: values[paths] for paths in vary for path in paths}
-                    yield new
-                    if given.keys() - new.keys():  # what was left out may no longer follow
-                        yield {**given, **new}
+        choices = itertools.chain.from_iterable(
+            itertools.combinations(start, count) for count in range(len(start) + 1)
+        )
+        for vary in itertools.islice(choices, _MOST_TRIALS):
+            values = _solve(rows, {p: v for p, v in start.items() if p not in vary}, vary)
+            if values is not None and all(values[p] != start[p] for p in vary):
+                new = {path: values[paths] for paths in vary for path in paths}
+                yield new
+                if given.keys() - new.keys():  # what was left out may no longer follow
+                    yield {**given, **new}
 
     def conflicts(self, target: Sizes) -> dict[str, tuple[int, ...]]:
         """For each number that alone sets sizes: the values these want, where they differ."""
