@@ -24,6 +24,7 @@ from neuroexapt.couple.axis import Axis, find
 from neuroexapt.couple.site import Bind, Draft
 from neuroexapt.couple.solve import call_axes
 
+_MOST_RUNS = 150
 _STEPS = (1, 3, 2, 5, 4, 7, 6)  # neighbours grow by unlike amounts, so that a mix-up shows
 
 
@@ -52,6 +53,7 @@ class Prober:
     end: tuple[int, int] = (1 << 30, 0)
     # The last run of the first trace with other sizes: what it called, and the sizes.
     resized: tuple[Call, ...] = ()
+    runs: int = 0
     sizes: Mapping[Axis, int] = field(default_factory=dict)
 
     def settle(self) -> None:
@@ -59,6 +61,10 @@ class Prober:
         while self.free_atoms():
             conflict = self.first_conflict()
             if conflict is None:
+                return
+            if self.runs > _MOST_RUNS:  # a forward that runs otherwise each time, say
+                for atom in self.free_atoms():
+                    algebra.pin(atom, f"not settled in {_MOST_RUNS} runs: {conflict.detail[:80]}")
                 return
             self._resolve(conflict)
 
@@ -80,6 +86,7 @@ class Prober:
 
         ``alike`` names atoms that grow as much as another one.
         """
+        self.runs += 1
         kept = set(held)
         atoms = [atom for atom in self.free_atoms() if atom not in kept]
         sizes = self._grown(atoms)
