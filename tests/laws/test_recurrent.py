@@ -234,10 +234,10 @@ def _alive(model: nn.Module, axes: AxisMap, width: str, dead: set[int]) -> dict[
 
 SITES = [
     "neuroexapt.guard.ledger.Ledger.do",
-    "neuroexapt.guard.transaction.recurrent_owners",
-    "neuroexapt.guard.transaction.check_swappable",
-    "neuroexapt.guard.transaction.resized",
-    "neuroexapt.guard.transaction.renew",
+    "neuroexapt.guard.writing.recurrent_owners",
+    "neuroexapt.guard.writing.check_swappable",
+    "neuroexapt.guard.writing.resized",
+    "neuroexapt.guard.writing.renew",
     "neuroexapt.guard.transaction.verify",
     "neuroexapt.guard.recurrent._forget",
     "neuroexapt.guard.recurrent._refer",

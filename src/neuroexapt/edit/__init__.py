@@ -5,15 +5,34 @@ decides) and one edit, :mod:`neuroexapt.edit.narrow`. Nothing in this room write
 """
 
 from neuroexapt.edit.base import Edit
-from neuroexapt.edit.branches import BranchSpec, Gate, build
-from neuroexapt.edit.graft import free_name, grafted_class, is_branch, original_class
+from neuroexapt.edit.branches import BranchSpec, Gate, Spec, build
+from neuroexapt.edit.graft import (
+    MASK,
+    fitting_class,
+    free_name,
+    grafted_class,
+    is_branch,
+    original_class,
+)
 from neuroexapt.edit.insert import InsertConv, InsertResidual
 from neuroexapt.edit.narrow import Narrow, group_norm
-from neuroexapt.edit.patch import AttributeEdit, DimEdit, Insertion, Patch, Scaling, WidthStep
-from neuroexapt.edit.resize import resized, unit_sums
+from neuroexapt.edit.patch import (
+    AttributeEdit,
+    DimEdit,
+    Insertion,
+    Masking,
+    Patch,
+    Refold,
+    Removal,
+    Rewrite,
+    Scaling,
+    WidthStep,
+)
+from neuroexapt.edit.resize import folded, resized, unit_sums
 from neuroexapt.edit.widen import Widen
 
 __all__ = [
+    "MASK",
     "AttributeEdit",
     "BranchSpec",
     "DimEdit",
@@ -22,12 +41,19 @@ __all__ = [
     "InsertConv",
     "InsertResidual",
     "Insertion",
+    "Masking",
     "Narrow",
     "Patch",
+    "Refold",
+    "Removal",
+    "Rewrite",
     "Scaling",
+    "Spec",
     "Widen",
     "WidthStep",
     "build",
+    "fitting_class",
+    "folded",
     "free_name",
     "grafted_class",
     "group_norm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,33 @@ _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 @dataclass(frozen=True)
-class BranchSpec:
-    """Everything needed to build a branch.
+class Spec(abc.ABC):
+    """A module to insert, as data; a subclass a kind of insertion.
+
+    Attributes:
+        seed: seed of the random initial weights.
+    """
+
+    seed: int = 0
+
+    @abc.abstractmethod
+    def make(self, model: nn.Module) -> nn.Module:
+        """The module, with initial weights drawn from torch's global generator.
+
+        ``model`` is the model that is edited, for specs that copy a part of it.
+        """
+
+
+def build(spec: Spec, model: nn.Module) -> nn.Module:
+    """The module a spec describes, initialised from its own seed; the global random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(spec.seed)
+        return spec.make(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchSpec(Spec):
+    """A branch that is added to a tensor and outputs zeros at first.
 
     Attributes:
         kind: ``"projection"``, ``"identity"`` or ``"conv"``.
@@ -22,7 +48,6 @@ class BranchSpec:
         spatial: number of spatial dimensions; 0 when features come last.
         stride: per spatial dimension.
         kernel: odd kernel size of a ``"conv"`` branch.
-        seed: seed of the random initial weights.
     """
 
     kind: str
@@ -31,7 +56,10 @@ class BranchSpec:
     spatial: int
     stride: tuple[int, ...] = ()
     kernel: int = 1
-    seed: int = 0
+
+    def make(self, model: nn.Module) -> nn.Module:
+        """Output shape: that of the branch's target."""
+        return _BUILDERS[self.kind](self)
 
 
 class Gate(nn.Module):
@@ -58,16 +86,6 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scale.numel()}, spatial={self.spatial}"
-
-
-def build(spec: BranchSpec) -> nn.Module:
-    """The branch, randomly initialised from the spec's own seed; it outputs zeros.
-
-    The global random state is as before. Output shape: that of the branch's target.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(spec.seed)
-        return _BUILDERS[spec.kind](spec)
 
 
 def _projection(spec: BranchSpec) -> nn.Module:

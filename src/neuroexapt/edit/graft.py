@@ -1,27 +1,42 @@
-"""Add a branch to a module without wrapping it: names, indices and identities stay.
+"""Change what a module does without wrapping it: names, indices and identities stay.
 
-The module's class is replaced by a generated subclass of itself whose forward runs the
-original and adds the branches, the way ``torch.nn.utils.parametrize`` does it. A branch is a
-child under a reserved name: ``nx_after*`` reads the module's output, ``nx_skip*`` its input.
-Containers neither iterate over it nor count it.
+The module's class is replaced by a generated subclass of itself, the way
+``torch.nn.utils.parametrize`` does it. What is added is a child under a reserved name, whose
+beginning says where it takes part (x is the module's first input, y its first output):
+
+=========== ========================================= =======================================
+``nx_skip``  y + child(x)                              a residual connection around the module
+``nx_after`` y + child(y)                              a residual branch behind it
+``nx_then``  child(y)                                  a gate, a pool, dropout
+``nx_next``  child(y, the module's other inputs)       a further block, called like this one
+``nx_hold``  child(x), its result unused               keeps x for an ``nx_join`` further on
+``nx_join``  y + child(): it holds an ``nx_hold``      the end of a skip over several modules
+``nx_pass``  child(all inputs) instead of the module   what is left of a removed layer
+=========== ========================================= =======================================
+
+They take part in the order in which they were added. Containers neither iterate over them nor
+count them. A weight with a mask (a buffer under ``nx_mask_<name>``) is read as their product.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-AFTER, SKIP = "nx_after", "nx_skip"
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+SKIP, AFTER, THEN, NEXT = "nx_skip", "nx_after", "nx_then", "nx_next"
+HOLD, JOIN, PASS = "nx_hold", "nx_join", "nx_pass"
+MASK = "nx_mask_"
+_ROLES = (SKIP, AFTER, THEN, NEXT, HOLD, JOIN, PASS)
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def is_branch(name: str) -> bool:
-    """Whether a child's name is one reserved for inserted branches."""
-    return name.startswith((AFTER, SKIP))
+    """Whether a child's name is one reserved for what edits insert."""
+    return name.startswith(_ROLES)
 
 
 def free_name(module: nn.Module, prefix: str) -> str:
@@ -42,51 +57,103 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return kind
 
 
-def grafted_class(kind: type[nn.Module]) -> type[nn.Module]:
+def masked_names(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a module that have a mask."""
+    return tuple(sorted(n.removeprefix(MASK) for n in module._buffers if n.startswith(MASK)))
+
+
+def fitting_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module should have for the children and masks it holds now."""
+    kind, masked = original_class(module), masked_names(module)
+    if masked or any(is_branch(name) for name in module._modules):
+        return grafted_class(kind, masked)
+    return kind
+
+
+def grafted_class(kind: type[nn.Module], masked: Iterable[str] = ()) -> type[nn.Module]:
     """The generated subclass of a module class; one per class, so that types compare equal.
+
+    Args:
+        kind: the class the user wrote.
+        masked: names of the parameters that are read through a mask.
 
     Example:
         >>> grafted_class(nn.Linear).__name__, issubclass(grafted_class(nn.Linear), nn.Linear)
         ('GraftedLinear', True)
     """
-    if kind not in _CLASSES:
+    key = kind, tuple(sorted(masked))
+    if key not in _CLASSES:
         members: dict[str, Any] = {
             "_nx_original": kind,
             "forward": _forward_of(kind),
             "__reduce_ex__": _reduce,
             "__module__": kind.__module__,
             "__doc__": kind.__doc__,
+            **{name: _masked(name) for name in key[1]},
         }
         if issubclass(kind, nn.Sequential):
             members.update(_sequential_members(kind))
-        _CLASSES[kind] = type(f"Grafted{kind.__name__}", (kind,), members)
-    return _CLASSES[kind]
+        _CLASSES[key] = type(f"Grafted{kind.__name__}", (kind,), members)
+    return _CLASSES[key]
+
+
+def _masked(name: str) -> property:
+    def weight(self: nn.Module) -> Tensor | None:
+        stored, mask = self._parameters[name], self._buffers[f"{MASK}{name}"]
+        return stored if stored is None or mask is None else stored * mask
+
+    return property(weight)
 
 
 def _forward_of(kind: type[nn.Module]) -> Any:
     original = kind.forward
 
     @functools.wraps(original)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = original(self, *args, **kwargs)
-        for name, child in self._modules.items():
-            if name.startswith(SKIP) and child is not None:
-                out = out + child(args[0] if args else next(iter(kwargs.values())))
-            elif name.startswith(AFTER) and child is not None:
-                out = out + child(out)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        added = [(n, m) for n, m in self._modules.items() if m is not None and is_branch(n)]
+        for name, child in added:
+            if name.startswith(HOLD):
+                child(_first(args, kwargs))
+        passage = self._modules.get(PASS)
+        out = original(self, *args, **kwargs) if passage is None else passage(*args, **kwargs)
+        for name, child in added:
+            out = _with(out, name, child, args, kwargs)
         return out
 
     return forward
 
 
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _with(out: Any, name: str, child: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """The module's output once a child has taken part."""
+    if isinstance(out, tuple):
+        return (_with(out[0], name, child, args, kwargs), *out[1:])
+    if name.startswith(SKIP):
+        return out + child(_first(args, kwargs))
+    if name.startswith(AFTER):
+        return out + child(out)
+    if name.startswith(THEN):
+        return child(out)
+    if name.startswith(JOIN):
+        return out + child()
+    if name.startswith(NEXT):
+        rest = kwargs if args else dict(list(kwargs.items())[1:])
+        further = child(out, *args[1:], **rest)
+        return further[0] if isinstance(further, tuple) else further
+    return out
+
+
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     # A generated class cannot be found by name: pickle and copy rebuild it from the original.
     state = getattr(self, "__getstate__", lambda: self.__dict__)()  # on object since 3.11
-    return _bare, (original_class(self),), state
+    return _bare, (original_class(self), masked_names(self)), state
 
 
-def _bare(kind: type[nn.Module]) -> nn.Module:
-    grafted = grafted_class(kind)
+def _bare(kind: type[nn.Module], masked: tuple[str, ...] = ()) -> nn.Module:
+    grafted = grafted_class(kind, masked)
     return grafted.__new__(grafted)
 
 

@@ -93,14 +93,19 @@ class InsertResidual(Edit):
         source, target = doors(axes, self.span)
         if source == target:
             spatial = len(target.space)
-            return BranchSpec("identity", source.channels, target.channels, spatial)
+            return BranchSpec(
+                kind="identity",
+                source=source.channels,
+                target=target.channels,
+                spatial=spatial,
+            )
         stride = self._stride(source, target)
         return BranchSpec(
-            "projection",
-            source.channels,
-            target.channels,
-            len(target.space),
-            stride,
+            kind="projection",
+            source=source.channels,
+            target=target.channels,
+            spatial=len(target.space),
+            stride=stride,
             seed=self.seed,
         )
 
@@ -185,7 +190,12 @@ class InsertConv(Edit):
             )
         spatial = len(door.space)
         return BranchSpec(
-            "conv", door.channels, door.channels, spatial, kernel=self.kernel, seed=self.seed
+            kind="conv",
+            source=door.channels,
+            target=door.channels,
+            spatial=spatial,
+            kernel=self.kernel,
+            seed=self.seed,
         )
 
 

@@ -103,7 +103,13 @@ class Narrow(Edit):
                 next_step="name another width; see `map_axes(...).widths`",
             )
         sizes = ", ".join(f"{s.width} to {len(s.positions)}" for s in steps)
-        return Patch(self, "approximate", f"narrow {sizes}", tuple(steps), drawing.attributes(axes))
+        return Patch(
+            self,
+            "approximate",
+            f"narrow {sizes}",
+            tuple(steps),
+            attributes=drawing.attributes(axes),
+        )
 
     def _new_size(self, width: Width) -> int:
         several = is_glob(self.at)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from neuroexapt.couple import AxisMap, Expr, Leaf, Mixer, Product, Side, Sum, Width, size_of
 from neuroexapt.edit.resize import siblings
 
 if TYPE_CHECKING:
     from neuroexapt.edit.base import Edit
-    from neuroexapt.edit.branches import BranchSpec
+    from neuroexapt.edit.branches import Spec
 
 
 @dataclass(frozen=True)
@@ -73,39 +75,99 @@ class AttributeEdit:
 
 @dataclass(frozen=True)
 class Insertion:
-    """A branch is grafted onto a module: around it (from its input) or after it."""
+    """A module is added to another one under a reserved name (see :mod:`neuroexapt.edit.graft`).
+
+    Attributes:
+        module: path of the module it is added to.
+        child: the reserved prefix that says where it takes part.
+        spec: what is added.
+        neighbour: name of the parameter whose optimizer group, device and dtype it takes.
+    """
 
     module: str
     child: str
-    spec: BranchSpec
+    spec: Spec
     neighbour: str | None
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A module loses what it holds, and a pass-through answers in its place.
+
+    Its object, name and attributes stay. What was inserted under a reserved name is taken away
+    altogether; then there is no ``passage``.
+    """
+
+    module: str
+    passage: Spec | None
+
+
+@dataclass(frozen=True)
+class Refold:
+    """Positions of a dimension become groups: a new entry is the sum of the old ones."""
+
+    tensor: str
+    dim: int
+    groups: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rewrite:
+    """A tensor gets other values, in the shape it has after all other steps."""
+
+    tensor: str
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Masking:
+    """Entries of a parameter are held at zero where a mask says ``False``; ``None`` ends that."""
+
+    tensor: str
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
 class Patch:
     """All that an edit changes, decided before anything is written.
 
+    It is carried out in the order of the attributes.
+
     Attributes:
         edit: the edit that made it.
-        preserves: ``"exact"`` (same function), ``"approximate"`` or ``"none"``.
+        preserves: ``"exact"`` (same function), ``"evaluation"`` (the same in evaluation mode),
+            ``"approximate"`` or ``"none"``.
         description: one sentence for people.
         steps: widths, one after the other.
+        refolds: dimensions whose positions are added up in groups.
         attributes: Python numbers that follow.
-        insertions: new branches.
+        removals: modules that pass their input through from now on.
+        insertions: new modules.
+        maskings: parameters that get, change or lose a mask.
+        rewrites: new values.
     """
 
     edit: Edit
     preserves: str
     description: str
     steps: tuple[WidthStep, ...] = ()
+    refolds: tuple[Refold, ...] = ()
     attributes: tuple[AttributeEdit, ...] = ()
+    removals: tuple[Removal, ...] = ()
     insertions: tuple[Insertion, ...] = ()
+    maskings: tuple[Masking, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """Every parameter and buffer the patch resizes or scales, each once."""
         names = [name for step in self.steps for name in _touched(step)]
         return tuple(dict.fromkeys(names))
+
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """Paths of the modules whose tensors the patch takes away."""
+        return tuple(removal.module for removal in self.removals)
 
 
 def _touched(step: WidthStep) -> list[str]:

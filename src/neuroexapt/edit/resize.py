@@ -13,7 +13,7 @@ from torch import Tensor
 from neuroexapt.couple import Expr, Leaf, Positions, Product, leaves, source_index, unit_of
 
 if TYPE_CHECKING:
-    from neuroexapt.edit.patch import DimEdit, WidthStep
+    from neuroexapt.edit.patch import DimEdit, Refold, WidthStep
 
 SPARK = 0.1  # deviation of "spark" entries: large enough to carry gradient at once
 
@@ -222,3 +222,22 @@ def unit_sums(values: Tensor, expr: Expr, width: str, dim: int, units: int) -> T
     on = torch.from_numpy(np.flatnonzero(unit >= 0)).to(values.device)
     where = torch.from_numpy(unit[unit >= 0]).to(values.device)
     return flat.new_zeros(units).index_add_(0, where, flat[on])
+
+
+def folded(tensor: Tensor, refold: Refold, *, mean: bool = False) -> Tensor:
+    """A new tensor whose positions are sums (or means) over groups of the old ones.
+
+    Shape (..., n, ...) becomes (..., number of groups, ...); dtype and device are kept.
+    """
+    where = torch.full((tensor.shape[refold.dim],), -1, dtype=torch.int64)
+    for new, group in enumerate(refold.groups):
+        where[list(group)] = new
+    taken = torch.nonzero(where >= 0).flatten()
+    wide = tensor.detach().double().index_select(refold.dim, taken.to(tensor.device))
+    shape = list(tensor.shape)
+    shape[refold.dim] = len(refold.groups)
+    result = wide.new_zeros(shape).index_add_(refold.dim, where[taken].to(tensor.device), wide)
+    if mean:
+        sizes = wide.new_tensor([max(1, len(group)) for group in refold.groups])
+        result /= sizes.view(-1, *[1] * (tensor.dim() - refold.dim - 1))
+    return result.to(tensor.dtype)

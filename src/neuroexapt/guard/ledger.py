@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -195,3 +197,22 @@ def set_class(ledger: Ledger, module: nn.Module, kind: type[nn.Module]) -> None:
 def add_child(ledger: Ledger, module: nn.Module, name: str, child: nn.Module) -> None:
     """Give a module a new child."""
     ledger.do(lambda: module.add_module(name, child), lambda: module._modules.pop(name, None))
+
+
+def put_item(ledger: Ledger, held: dict[str, Any], name: str, value: object) -> None:
+    """Set an item of a dictionary; the order of the others stays, also on the way back."""
+    _set_items(ledger, held, {**held, name: value})
+
+
+def drop_item(ledger: Ledger, held: dict[str, Any], name: str) -> None:
+    """Take an item out of a dictionary, if it is there."""
+    _set_items(ledger, held, {key: value for key, value in held.items() if key != name})
+
+
+def _set_items(ledger: Ledger, held: dict[str, Any], new: dict[str, Any]) -> None:
+    ledger.do(partial(_become, held, new), partial(_become, held, dict(held)))
+
+
+def _become(held: dict[str, Any], contents: dict[str, Any]) -> None:
+    held.clear()
+    held.update(contents)

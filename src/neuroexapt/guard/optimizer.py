@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,9 +60,23 @@ def migrate(
 ) -> None:
     """Resize the state of one parameter, which still has its old shape.
 
-    First moments of new entries are 0, second moments the mean of their siblings; ``step`` and
-    other scalars are kept. State of a shape of its own cannot be reindexed: it is reset, with
-    a warning that names it.
+    First moments of new entries are 0, second moments the mean of their siblings.
+    """
+    steps = tuple(steps)
+    convert(ledger, optimizer, parameter, partial(_migrated, steps=steps, name=name), name)
+
+
+def convert(
+    ledger: Ledger,
+    optimizer: torch.optim.Optimizer,
+    parameter: Tensor,
+    change: Callable[[str, Tensor], Tensor],
+    name: str,
+) -> None:
+    """Replace the state of one parameter by ``change(key, value)`` of every tensor of its shape.
+
+    Scalars (``step``) are copied. State of a shape of its own cannot follow: it is reset, with a
+    warning that names it.
     """
     state = optimizer.state.get(parameter)
     if not state:
@@ -71,7 +86,6 @@ def migrate(
         for k, v in state.items()
         if isinstance(v, Tensor) and v.dim() and (v.shape != parameter.shape)
     ]
-    steps = tuple(steps)
     new: Mapping[str, Any] = {}
     if odd:
         warnings.warn(
@@ -80,18 +94,21 @@ def migrate(
             stacklevel=2,
         )
     else:
-        new = {key: _migrated(key, value, steps, name) for key, value in state.items()}
+        new = {key: _converted(key, value, change) for key, value in state.items()}
     ledger.do(
         lambda: _set_state(optimizer, parameter, new),
         lambda: _set_state(optimizer, parameter, state),
     )
 
 
-def _migrated(key: str, value: Any, steps: tuple[WidthStep, ...], name: str) -> Any:
+def _converted(key: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if not value.dim():
-        return value.clone()  # `step` counts in place: the old one must stay what it was
+    # `step` counts in place: the old one must stay what it was.
+    return change(key, value) if value.dim() else value.clone()
+
+
+def _migrated(key: str, value: Tensor, steps: tuple[WidthStep, ...], name: str) -> Tensor:
     fill = "mean" if key in SECOND_MOMENTS else "zero"
     return resized(value, steps, name, generator=torch.Generator(), fill=fill)
 
@@ -133,12 +150,32 @@ def _place_of(
 
 
 def _insert(ledger: Ledger, held: list[Any], at: int, added: list[Any]) -> None:
-    old = list(held)
+    _set_list(ledger, held, [*held[:at], *added, *held[at:]])
 
-    def write() -> None:
-        held[at:at] = added
 
-    def undo() -> None:
-        held[:] = old
+def _set_list(ledger: Ledger, held: list[Any], new: list[Any]) -> None:
+    ledger.do(partial(_become, held, new), partial(_become, held, list(held)))
 
-    ledger.do(write, undo)
+
+def _become(held: list[Any], contents: list[Any]) -> None:
+    held[:] = contents
+
+
+def abandon(ledger: Ledger, optimizer: torch.optim.Optimizer, gone: Iterable[Tensor]) -> None:
+    """Take parameters that have left the model out of their groups, with their state.
+
+    A group stays even when it is empty: learning-rate schedulers count groups.
+    """
+    lost = {id(parameter) for parameter in gone}
+    for group in optimizer.param_groups:
+        keep = [at for at, p in enumerate(group["params"]) if id(p) not in lost]
+        for key in ("params", "param_names"):
+            if key in group and len(keep) < len(group[key]):
+                _set_list(ledger, group[key], [group[key][at] for at in keep])
+    for parameter in gone:
+        state = optimizer.state.get(parameter)
+        if state is not None:
+            ledger.do(
+                partial(_set_state, optimizer, parameter, {}),
+                partial(_set_state, optimizer, parameter, state),
+            )

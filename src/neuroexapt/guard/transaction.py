@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import time
-import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from neuroexapt.capture.attributes import Attribute
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap, map_axes
-from neuroexapt.edit import (
-    Edit,
-    Insertion,
-    Patch,
-    build,
-    free_name,
-    grafted_class,
-    original_class,
-    resized,
-)
+from neuroexapt.edit import Edit, Patch
 from neuroexapt.errors import GuardError
 from neuroexapt.guard.config import Run, follow, owners
-from neuroexapt.guard.hooked import drop_graphs
-from neuroexapt.guard.ledger import (
-    Ledger,
-    add_child,
-    check_swappable,
-    set_attribute,
-    set_class,
-    swap,
-)
-from neuroexapt.guard.optimizer import adopt, check_optimizer, migrate
-from neuroexapt.guard.recurrent import recurrent_owners, release, renew
+from neuroexapt.guard.ledger import Ledger
+from neuroexapt.guard.optimizer import check_optimizer
 from neuroexapt.guard.verify import behaviour, verify
+from neuroexapt.guard.writing import write
 
 # Kinds of module that hold flat or sharded copies of parameters, or compiled code for them.
 _WRAPPERS = frozenset(
@@ -127,7 +107,7 @@ class Transaction:
         mark = len(self.ledger)
         try:
             write(self.ledger, self.model, self.optimizer, patch)
-            difference = verify(self.model, args, kwargs, before, patch.preserves)
+            difference = verify(self.model, args, kwargs, before, patch)
             notes = follow(self.ledger, self.model, configs, Run(args, kwargs, modes))
         except BaseException:
             self.ledger.roll_back(to=mark)
@@ -225,89 +205,6 @@ def apply(
     """
     with transaction(model, optimizer) as tx:
         return tx.apply(edit, args, kwargs)
-
-
-def write(
-    ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer | None, patch: Patch
-) -> None:
-    """Carry out a patch. The one place where parameters, modules and optimizers change."""
-    named = named_tensors(model)
-    touched = {name: named[name] for name in patch.tensors}
-    recurrent = recurrent_owners(model, touched.values())
-    release(ledger, recurrent)
-    drop_graphs(ledger, model)
-    check_swappable(touched)
-    if optimizer is not None:
-        _warn_unless_held(optimizer, touched)
-    done: set[int] = set()
-    for name in patch.tensors:
-        if id(named[name]) not in done:  # a tied tensor goes by its first name
-            done.add(id(named[name]))
-            _write_tensor(ledger, optimizer, named[name], name, patch)
-    for edit in patch.attributes:
-        set_attribute(ledger, model, Attribute(edit.module, edit.name), edit.value)
-    for insertion in patch.insertions:
-        _insert(ledger, model, optimizer, insertion)
-    renew(ledger, recurrent)
-
-
-def _write_tensor(
-    ledger: Ledger,
-    optimizer: torch.optim.Optimizer | None,
-    tensor: Tensor,
-    name: str,
-    patch: Patch,
-) -> None:
-    # A generator of its own keeps the user's random state as it is. Seeded by name and shape it
-    # is the same on every rank, and another one when the same width grows again: units drawn
-    # alike would get the same gradient for ever.
-    seed = zlib.crc32(f"{name} {tuple(tensor.shape)}".encode())
-    generator = torch.Generator().manual_seed(seed)
-    data = resized(tensor, patch.steps, name, generator=generator)
-    new: Tensor = data
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(data, requires_grad=tensor.requires_grad)
-        if tensor.grad is not None:
-            new.grad = resized(tensor.grad, patch.steps, name, generator=generator, fill="zero")
-        if optimizer is not None:
-            migrate(ledger, optimizer, tensor, patch.steps, name)
-    swap(ledger, tensor, new, name)
-
-
-def _warn_unless_held(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    others = [name for name, t in tensors.items() if t.requires_grad and id(t) not in held]
-    if others:
-        warnings.warn(
-            f"{', '.join(others)}: resized and trainable, but not in the optimizer given; if "
-            "another optimizer trains them, their state there no longer fits",
-            stacklevel=2,
-        )
-
-
-def _insert(
-    ledger: Ledger, model: nn.Module, optimizer: torch.optim.Optimizer | None, insertion: Insertion
-) -> None:
-    module = model.get_submodule(insertion.module)
-    if "forward" in vars(module):
-        raise GuardError(
-            insertion.module,
-            seen="a forward that was replaced on this instance",
-            needed="a forward that belongs to the module's class",
-            next_step="insert at a child of this module",
-        )
-    near = dict(model.named_parameters()).get(insertion.neighbour or "")
-    branch = build(insertion.spec)
-    if near is not None:
-        branch = branch.to(device=near.device, dtype=near.dtype)
-    branch.train(module.training)
-    child = free_name(module, insertion.child)
-    add_child(ledger, module, child, branch)
-    set_class(ledger, module, grafted_class(original_class(module)))
-    if optimizer is not None:
-        prefix = f"{insertion.module}.{child}".lstrip(".")
-        added = {f"{prefix}.{name}": p for name, p in branch.named_parameters()}
-        adopt(ledger, optimizer, added, near)
 
 
 def inner_module(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuroexapt.capture.restore import restored
 from neuroexapt.capture.run import capture_both, opened
+from neuroexapt.edit import Patch
 from neuroexapt.errors import CaptureError, VerifyError
 
 # Outputs smaller than this count as zero: nothing relative can be said of them.
@@ -121,7 +122,7 @@ def verify(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     before: Behaviour,
-    preserves: str,
+    patch: Patch,
 ) -> float:
     """Check an edited model against what it did before; return the largest output difference.
 
@@ -139,10 +140,12 @@ def verify(
         raise _fail(error.place, error.seen, "a forward that runs after the edit") from error
     for training, shapes in after.shapes.items():
         _check_shapes(shapes, before.shapes[training])
-    _check_survivors(before, after)
-    difference, relative, place = _difference(before, after)
-    if preserves == "exact" and relative > _allowed(before):
+    _check_survivors(before, after, patch.gone)
+    difference, relative, place = _difference(before, after, _promised(patch, before))
+    if relative > _allowed(before):
         _check_promise(relative, _rounding(model, args, kwargs, after), place, before)
+    if patch.preserves != "exact":
+        difference, _, _ = _difference(before, after)
     _check_gradients(model, args, kwargs, after)
     return difference
 
@@ -175,18 +178,31 @@ def _check_fake(
             _check_shapes(shapes, before.shapes[trace.training])
 
 
-def _check_survivors(before: Behaviour, after: Behaviour) -> None:
+def _promised(patch: Patch, before: Behaviour) -> tuple[bool, ...]:
+    """The modes (training or not) in which the outputs must stay."""
+    if patch.preserves == "exact":
+        return tuple(before.outputs)
+    return (False,) if patch.preserves == "evaluation" else ()
+
+
+def _check_survivors(before: Behaviour, after: Behaviour, gone: Sequence[str]) -> None:
     for name, identity in before.identities.items():
+        if name not in after.identities and any(name.startswith(f"{path}.") for path in gone):
+            continue
         if after.identities.get(name) != identity:
             raise _fail(name, "another object or none", "the same parameter object as before")
         if after.kinds[name] != before.kinds[name]:
             raise _fail(name, f"{after.kinds[name]}", f"{before.kinds[name]} as before")
 
 
-def _difference(before: Behaviour, after: Behaviour) -> tuple[float, float, str]:
+def _difference(
+    before: Behaviour, after: Behaviour, modes: Sequence[bool] = (False, True)
+) -> tuple[float, float, str]:
     """Largest absolute and relative difference, and the mode of the latter."""
     absolute, relative, place = 0.0, 0.0, "evaluation mode"
     for training, outputs in before.outputs.items():
+        if training not in modes:
+            continue
         for old, new in zip(outputs, after.outputs[training], strict=True):
             if not old.numel() or old.is_meta:
                 continue  # a model without data has shapes to check, and no values

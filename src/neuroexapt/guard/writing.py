@@ -1,0 +1,235 @@
+"""Carry out a patch: the one place where parameters, modules and optimizers change."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from neuroexapt.capture.attributes import Attribute
+from neuroexapt.capture.run import named_tensors
+from neuroexapt.edit import (
+    MASK,
+    Insertion,
+    Masking,
+    Patch,
+    Refold,
+    Removal,
+    Rewrite,
+    build,
+    fitting_class,
+    folded,
+    free_name,
+    is_branch,
+    resized,
+)
+from neuroexapt.errors import GuardError
+from neuroexapt.guard.hooked import drop_graphs
+from neuroexapt.guard.ledger import (
+    Ledger,
+    add_child,
+    check_swappable,
+    drop_item,
+    put_item,
+    set_attribute,
+    set_class,
+    swap,
+)
+from neuroexapt.guard.optimizer import abandon, adopt, convert, migrate
+from neuroexapt.guard.recurrent import recurrent_owners, release, renew
+
+Optimizer = torch.optim.Optimizer | None
+
+
+def write(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) -> None:
+    """Carry out a patch, in the order of its attributes.
+
+    Raises:
+        GuardError: a live graph or weak reference forbids it; the caller takes back the rest.
+    """
+    _resize(ledger, model, optimizer, patch)
+    for refold in patch.refolds:
+        _refold(ledger, model, optimizer, refold)
+    for edit in patch.attributes:
+        set_attribute(ledger, model, Attribute(edit.module, edit.name), edit.value)
+    for removal in patch.removals:
+        _remove(ledger, model, optimizer, removal)
+    for insertion in patch.insertions:
+        _insert(ledger, model, optimizer, insertion)
+    for masking in patch.maskings:
+        _mask(ledger, model, optimizer, masking)
+    for rewrite in patch.rewrites:
+        _rewrite(ledger, model, rewrite)
+
+
+def _resize(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) -> None:
+    named = named_tensors(model)
+    touched = {name: named[name] for name in patch.tensors}
+    recurrent = recurrent_owners(model, touched.values())
+    release(ledger, recurrent)
+    drop_graphs(ledger, model)
+    check_swappable(touched)
+    if optimizer is not None:
+        _warn_unless_held(optimizer, touched)
+    done: set[int] = set()
+    for name in patch.tensors:
+        if id(named[name]) not in done:  # a tied tensor goes by its first name
+            done.add(id(named[name]))
+            _resize_tensor(ledger, optimizer, named[name], name, patch)
+    renew(ledger, recurrent)
+
+
+def _resize_tensor(
+    ledger: Ledger, optimizer: Optimizer, tensor: Tensor, name: str, patch: Patch
+) -> None:
+    # A generator of its own keeps the user's random state as it is. Seeded by name and shape it
+    # is the same on every rank, and another one when the same width grows again: units drawn
+    # alike would get the same gradient for ever.
+    seed = zlib.crc32(f"{name} {tuple(tensor.shape)}".encode())
+    generator = torch.Generator().manual_seed(seed)
+    new = _alike(tensor, resized(tensor, patch.steps, name, generator=generator))
+    if isinstance(tensor, nn.Parameter):
+        if tensor.grad is not None:
+            new.grad = resized(tensor.grad, patch.steps, name, generator=generator, fill="zero")
+        if optimizer is not None:
+            migrate(ledger, optimizer, tensor, patch.steps, name)
+    swap(ledger, tensor, new, name)
+
+
+def _alike(tensor: Tensor, data: Tensor) -> Tensor:
+    """A parameter if ``tensor`` is one, trained if it is trained."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(data, requires_grad=tensor.requires_grad)
+    return data
+
+
+def _warn_unless_held(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    others = [name for name, t in tensors.items() if t.requires_grad and id(t) not in held]
+    if others:
+        warnings.warn(
+            f"{', '.join(others)}: resized and trainable, but not in the optimizer given; if "
+            "another optimizer trains them, their state there no longer fits",
+            stacklevel=2,
+        )
+
+
+def _refold(ledger: Ledger, model: nn.Module, optimizer: Optimizer, refold: Refold) -> None:
+    tensor = named_tensors(model)[refold.tensor]
+    check_swappable({refold.tensor: tensor})
+    new = _alike(tensor, folded(tensor, refold))
+    if tensor.grad is not None:
+        new.grad = folded(tensor.grad, refold, mean=True)
+    if optimizer is not None and isinstance(tensor, nn.Parameter):
+        convert(ledger, optimizer, tensor, partial(_folded_state, refold=refold), refold.tensor)
+    swap(ledger, tensor, new, refold.tensor)
+
+
+def _folded_state(key: str, value: Tensor, refold: Refold) -> Tensor:
+    # Moments are of the size of one entry's gradient, not of a sum of them.
+    return folded(value, refold, mean=True)
+
+
+def _remove(ledger: Ledger, model: nn.Module, optimizer: Optimizer, removal: Removal) -> None:
+    module = model.get_submodule(removal.module)
+    before = list(model.parameters())
+    if removal.passage is None:
+        parent, _, name = removal.module.rpartition(".")
+        holder = model.get_submodule(parent)
+        drop_item(ledger, holder._modules, name)
+        set_class(ledger, holder, fitting_class(holder))
+    else:
+        _check_own_forward(module, removal.module)
+        passage = build(removal.passage, model).train(module.training)
+        for held in (module._parameters, module._buffers, module._modules):
+            for name in [n for n in held if not is_branch(n)]:
+                drop_item(ledger, held, name)
+        add_child(ledger, module, free_name(module, "nx_pass"), passage)
+        set_class(ledger, module, fitting_class(module))
+    if optimizer is not None:
+        left = {id(p) for p in model.parameters()}  # a tied parameter may live on elsewhere
+        abandon(ledger, optimizer, [p for p in before if id(p) not in left])
+
+
+def _check_own_forward(module: nn.Module, path: str) -> None:
+    if "forward" in vars(module):
+        raise GuardError(
+            path,
+            seen="a forward that was replaced on this instance",
+            needed="a forward that belongs to the module's class",
+            next_step="choose a child of this module",
+        )
+
+
+def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: Insertion) -> None:
+    module = model.get_submodule(insertion.module)
+    _check_own_forward(module, insertion.module)
+    near = dict(model.named_parameters()).get(insertion.neighbour or "")
+    before = {id(p) for p in model.parameters()}
+    branch = build(insertion.spec, model)
+    if near is not None:
+        branch = branch.to(device=near.device, dtype=near.dtype)
+    branch.train(module.training)
+    child = free_name(module, insertion.child)
+    add_child(ledger, module, child, branch)
+    set_class(ledger, module, fitting_class(module))
+    if optimizer is not None:
+        prefix = f"{insertion.module}.{child}".lstrip(".")
+        new = {n: p for n, p in branch.named_parameters() if id(p) not in before}
+        adopt(ledger, optimizer, {f"{prefix}.{n}": p for n, p in new.items()}, near)
+
+
+def _mask(ledger: Ledger, model: nn.Module, optimizer: Optimizer, masking: Masking) -> None:
+    """Zero what the mask shuts out, here and in the optimizer, and have the module read through it.
+
+    Every module that holds the parameter gets the same mask.
+    """
+    parameter = model.get_parameter(masking.tensor)
+    mask = masking.mask
+    for module, name in _holders(model, parameter):
+        if mask is None:
+            drop_item(ledger, module._buffers, f"{MASK}{name}")
+        else:
+            put_item(ledger, module._buffers, f"{MASK}{name}", mask)
+        set_class(ledger, module, fitting_class(module))
+    if mask is None:
+        return
+    _set_values(ledger, parameter, parameter.detach() * mask, masking.tensor)
+    if optimizer is not None:
+        convert(ledger, optimizer, parameter, partial(_masked_state, mask=mask), masking.tensor)
+
+
+def _masked_state(key: str, value: Tensor, mask: Tensor) -> Tensor:
+    return value * mask
+
+
+def _holders(model: nn.Module, parameter: Tensor) -> Iterable[tuple[nn.Module, str]]:
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, held in module._parameters.items()
+        if held is parameter
+    ]
+
+
+def _rewrite(ledger: Ledger, model: nn.Module, rewrite: Rewrite) -> None:
+    tensor = named_tensors(model)[rewrite.tensor]
+    if tensor.shape != rewrite.values.shape:
+        raise GuardError(
+            rewrite.tensor,
+            seen=f"new values of shape {tuple(rewrite.values.shape)}",
+            needed=f"values of its own shape {tuple(tensor.shape)}",
+            next_step="plan them for the shape the tensor has after all steps",
+        )
+    _set_values(ledger, tensor, rewrite.values.to(tensor), rewrite.tensor)
+
+
+def _set_values(ledger: Ledger, tensor: Tensor, values: Tensor, name: str) -> None:
+    check_swappable({name: tensor})
+    new = _alike(tensor, torch.empty_like(tensor).copy_(values))
+    new.grad = tensor.grad
+    swap(ledger, tensor, new, name)
