@@ -14,7 +14,7 @@ from neuroexapt.edit.graft import (
     is_branch,
     original_class,
 )
-from neuroexapt.edit.insert import InsertConv, InsertResidual
+from neuroexapt.edit.insert import InsertConv
 from neuroexapt.edit.narrow import Narrow, group_norm
 from neuroexapt.edit.patch import (
     AttributeEdit,
@@ -28,6 +28,7 @@ from neuroexapt.edit.patch import (
     Scaling,
     WidthStep,
 )
+from neuroexapt.edit.residual import InsertResidual
 from neuroexapt.edit.resize import folded, resized, unit_sums
 from neuroexapt.edit.widen import Widen
 
