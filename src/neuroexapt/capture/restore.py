@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from neuroexapt.capture.derived import begin_training, keepers
+
 _CONTAINERS = (dict, list, set)
 _DEEPEST = 4  # objects in lists in objects of a module: further in nobody keeps state
 _LONGEST = 1000
@@ -123,6 +125,8 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
         silent.disabled = True
         # The fused inference kernel of nn.MultiheadAttention hides the projections inside it.
         torch.backends.mha.set_fastpath_enabled(False)
+        for module in keepers(model):
+            begin_training(module)
         for module in model.modules():
             vars(module)["training"] = training
         fork = torch.random.fork_rng(devices, device_type=kind) if devices else _cpu_fork()

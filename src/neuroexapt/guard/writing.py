@@ -28,6 +28,7 @@ from neuroexapt.edit import (
     resized,
 )
 from neuroexapt.errors import GuardError
+from neuroexapt.guard.caches import drop_caches
 from neuroexapt.guard.hooked import drop_graphs
 from neuroexapt.guard.ledger import (
     Ledger,
@@ -81,6 +82,8 @@ def _resize(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch
             done.add(id(named[name]))
             _resize_tensor(ledger, optimizer, named[name], name, patch)
     renew(ledger, recurrent)
+    if touched:
+        drop_caches(ledger, model)
 
 
 def _resize_tensor(
