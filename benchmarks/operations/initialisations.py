@@ -1,0 +1,53 @@
+"""Growing: what the new units' first values bring, against random ones with zero readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from benchmarks.operations.task import (
+    CIFAR_CNN,
+    DIGITS_CNN,
+    DIGITS_MLP,
+    Change,
+    Moment,
+    Section,
+    Setting,
+    Task,
+)
+
+from neuroexapt import Widen, apply
+
+
+def nothing(_moment: Moment) -> None:
+    """The model trains on as it is: what growing itself brings."""
+
+
+def zero_out(at: str, by: int) -> Change:
+    """Random makers, zero readers."""
+    return lambda moment: apply(
+        moment.model, Widen(at, by=by), moment.args, optimizer=moment.optimizer
+    )
+
+
+def arms(at: str, by: int) -> Mapping[str, Change]:
+    """Every initialisation at one place."""
+    return {"random, zero out": zero_out(at, by), "no growth": nothing}
+
+
+PLACES: tuple[tuple[str, Task, str, int], ...] = (
+    ("digits, MLP, first layer", DIGITS_MLP, "1", 8),
+    ("digits, MLP, second layer", DIGITS_MLP, "3", 8),
+    ("digits, CNN, first stage", DIGITS_CNN, "features.0", 4),
+    ("digits, CNN, second stage", DIGITS_CNN, "features.4", 6),
+    ("CIFAR-10, CNN, first stage", CIFAR_CNN, "features.0", 6),
+    ("CIFAR-10, CNN, second stage", CIFAR_CNN, "features.4", 6),
+)
+
+
+def section() -> Section:
+    """The part of the page on growth."""
+    return Section(
+        "Growth: the new units' first values",
+        "`Widen` at six places.",
+        tuple(Setting(name, task, arms(at, by)) for name, task, at, by in PLACES),
+    )
