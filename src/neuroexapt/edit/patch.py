@@ -30,6 +30,9 @@ class DimEdit:
             ``"balanced"`` (random, adding up to zero over the new units).
         silent: old positions; new entries beside these are zero whatever ``fill`` says.
         along: the atoms over which siblings are averaged; the width's own if empty.
+        values: what new entries hold instead of a fill, in their order along ``dim``.
+        shared: whether these entries read the units, and copies of one share what it was read by
+            (see :attr:`WidthStep.shares`).
     """
 
     tensor: str
@@ -38,13 +41,16 @@ class DimEdit:
     fill: str
     silent: tuple[int, ...] = ()
     along: tuple[str, ...] = ()
+    values: Tensor | None = field(default=None, compare=False)
+    shared: bool = False
 
 
 @dataclass(frozen=True)
 class Scaling:
     """Old entries of a tensor are multiplied: all of them, or some positions of a dimension.
 
-    With an ``offset`` it is ``offset + entry`` that is multiplied, as the forward uses it.
+    With an ``offset`` it is ``offset + entry`` that is multiplied, as the forward uses it. What
+    stands beside it makes up for the factor, so gradients are divided by it.
     """
 
     tensor: str
@@ -56,12 +62,22 @@ class Scaling:
 
 @dataclass(frozen=True)
 class WidthStep:
-    """One width gets new positions: for each, the old position it comes from, or -1 (new)."""
+    """One width gets new positions: for each, the old position it comes from, or -1 (new).
+
+    Attributes:
+        width: its name.
+        positions: the old position of each new one; one that is named several times is split.
+        dims: the dimensions that follow.
+        scalings: old entries that are multiplied first.
+        shares: for each new position its mean share in reading the old one; copies of one add up
+            to 1. Empty where no unit is split.
+    """
 
     width: str
     positions: tuple[int, ...]
     dims: tuple[DimEdit, ...]
     scalings: tuple[Scaling, ...] = ()
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neuroexapt.couple import Expr, Leaf, Positions, Product, leaves, source_index, unit_of
+from neuroexapt.edit.share import along, factors, shared_out
 
 if TYPE_CHECKING:
     from neuroexapt.edit.patch import DimEdit, Refold, WidthStep
@@ -77,6 +79,7 @@ def resized(
     *,
     generator: torch.Generator,
     fill: str | None = None,
+    power: int = 0,
 ) -> Tensor:
     """A new tensor: old entries where the steps say, fills where they are new.
 
@@ -88,19 +91,25 @@ def resized(
         steps: the steps of a patch, in order.
         name: the parameter's name in the patch.
         generator: source of random fills, on the CPU.
-        fill: overrides every fill (optimizer state: ``"zero"`` or ``"mean"``), and leaves
-            scalings out.
+        fill: overrides every fill and all given values: for a gradient or optimizer state
+            (``"zero"`` or ``"mean"``).
+        power: with ``fill``, the power of the gradient that the entries are made of. Where the
+            steps scale a parameter or split a unit, they follow by the chain rule.
     """
     # The deviation of the tensor as trained, not of one diluted by entries just made.
     deviation = _deviation(tensor)
     result = tensor.detach()
     for step in steps:
-        if fill is None:
-            result = _scaled(result, step, name)
+        result = _scaled(result, step, name) if fill is None else _eased(result, step, name, power)
         own = [edit for edit in step.dims if edit.tensor == name]
         # Zeros last: where a new row meets a new column, silence wins.
         for edit in sorted(own, key=lambda edit: (fill or edit.fill) == "zero"):
-            result = _resized_dim(result, step, edit, fill or edit.fill, deviation, generator)
+            change = edit if fill is None else replace(edit, fill=fill, values=None)
+            result = _resized_dim(result, step, change, deviation, generator)
+            if step.shares and edit.shared and fill is None:
+                result = shared_out(result, step, edit, generator)
+            elif step.shares and not edit.shared and fill is not None:
+                result = result * along(factors(edit.expr, step) ** power, result, edit.dim)
     return _in_format_of(tensor, result)
 
 
@@ -132,13 +141,14 @@ def _scaled(tensor: Tensor, step: WidthStep, name: str) -> Tensor:
     return tensor
 
 
+def _eased(tensor: Tensor, step: WidthStep, name: str, power: int) -> Tensor:
+    """Gradients of a scaled parameter go the other way, for the function is kept."""
+    scalings = [replace(s, factor=s.factor**-power, offset=0.0) for s in step.scalings]
+    return _scaled(tensor, replace(step, scalings=tuple(scalings)), name)
+
+
 def _resized_dim(
-    tensor: Tensor,
-    step: WidthStep,
-    edit: DimEdit,
-    fill: str,
-    deviation: float,
-    generator: torch.Generator,
+    tensor: Tensor, step: WidthStep, edit: DimEdit, deviation: float, generator: torch.Generator
 ) -> Tensor:
     index = source_index(edit.expr, {step.width: np.asarray(step.positions, dtype=np.int64)})
     taken = torch.from_numpy(np.maximum(index, 0)).to(tensor.device)
@@ -146,10 +156,10 @@ def _resized_dim(
     new = np.flatnonzero(index < 0)
     if new.size:
         beside: list[tuple[int, ...]] = [()] * len(new)
-        if fill in ("mean", "balanced") or edit.silent:
+        if edit.fill in ("mean", "balanced") or edit.silent:
             all_beside = siblings(edit.expr, step.width, step.positions, edit.along)
             beside = [all_beside[p] for p in new]
-        values = _filled(tensor, result, edit, fill, beside, deviation, generator)
+        values = _filled(tensor, result, edit, beside, deviation, generator)
         result.index_copy_(edit.dim, torch.from_numpy(new).to(tensor.device), values)
     return result
 
@@ -158,14 +168,15 @@ def _filled(
     old: Tensor,
     result: Tensor,
     edit: DimEdit,
-    fill: str,
     beside: Sequence[tuple[int, ...]],
     deviation: float,
     generator: torch.Generator,
 ) -> Tensor:
-    shape = list(result.shape)
+    shape, fill = list(result.shape), edit.fill
     shape[edit.dim] = len(beside)
-    if fill == "mean":
+    if edit.values is not None:
+        values = edit.values.reshape(shape)
+    elif fill == "mean":
         values = _means(old, edit.dim, beside)
     elif fill in ("random", "spark", "balanced"):
         values = torch.randn(shape, generator=generator, dtype=torch.float64)

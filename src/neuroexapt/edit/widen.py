@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from neuroexapt.edit.base import (
     one_of_to_and_by,
     units_of,
 )
+from neuroexapt.edit.initial import misfits, split_step, unknown_init, unsplittable, with_rows
 from neuroexapt.edit.patch import (
     AttributeEdit,
     DimEdit,
@@ -37,10 +38,15 @@ _NORMS = {"layer_norm", "mean_square"}
 class Widen(Edit):
     """Add units to a width: channels, neurons, heads, an MLP's hidden layer, a residual stream.
 
-    Promise: exact. Default initialisation: random incoming weights with the layer's own
-    deviation and zero outgoing weights, so that the output is the same and every new unit
-    can get gradient from the second step on (one that a ReLU shuts on all data stays still, as
-    any random unit may). Where a normaliser mixes over the width, new entries
+    Promise: exact. How new units start is ``init``: with ``"zero_out"`` their incoming weights
+    are random with the layer's own deviation (so they answer as strongly as their siblings) and
+    their outgoing weights are zero: the output is the same, and every new unit gets gradient from
+    the second step on (one that a ReLU shuts on all data stays still, as any random unit may).
+    With ``"split"`` they are copies of old units, and the readers share out, in unequal parts,
+    what they took from one. ``rows`` gives incoming weights that were chosen by data (see
+    :func:`neuroexapt.growth_directions`); outgoing ones are zero then.
+
+    Where a normaliser mixes over the width, new entries
     sit where they leave its statistics alone: at the mean of their siblings for LayerNorm, at
     zero for RMSNorm, with the scale corrected by ``sqrt(d / (d + k))`` and epsilon by
     ``d / (d + k)``. A wider attention head gets zero query rows and keeps the scale of its
@@ -51,6 +57,9 @@ class Widen(Edit):
             widths that cannot grow exactly stay as they are; the description says which.
         by: number of new units (int) or fraction of the present size (float).
         to: the new size; exactly one of ``by`` and ``to``.
+        init: ``"zero_out"`` or ``"split"``; the latter where only weights read the units.
+        rows: for tensors that make the units, or hold one number a unit, the entries of the new
+            ones: the tensor's shape, with their number at the width's dimension.
 
     Raises:
         UnknownPlaceError, PinnedError, EditError: from :meth:`plan`.
@@ -64,12 +73,15 @@ class Widen(Edit):
         >>> net[0].weight.shape, net[2].weight.shape, done.max_difference < 1e-6
         (torch.Size([12, 4]), torch.Size([2, 12]), True)
 
-    Chen et al. 2016 (Net2Net) for the idea; zero outgoing weights as in Evci et al. 2022.
+    Chen et al. 2016 (Net2Net) for the idea and the split; zero outgoing weights as in Evci et al.
+    2022; unequal shares as in Wang et al. 2024 (LEMON).
     """
 
     at: str
     by: int | float | None = None
     to: int | None = None
+    init: str = "zero_out"
+    rows: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def place(self) -> str:
@@ -79,14 +91,16 @@ class Widen(Edit):
         """Place, sizes, and operators over which new units could not stay silent."""
         problems = one_of_to_and_by(self.at, self.to, self.by)
         widths, missing = found_widths(axes, self.at)
-        problems += missing
+        problems += missing + unknown_init(self.at, self.init, self.rows)
         if problems:
             return problems
         for width in widths:
             try:
-                self._new_size(width)
+                size = self._new_size(width)
             except EditError as error:
                 problems.append(error)
+            else:
+                problems += misfits(axes, width, size, self.rows)
         left = [problem for width in widths for problem in self._unmixable(width)]
         every = len({problem.place for problem in left}) == len(widths)
         return problems + (left if every or not is_glob(self.at) else [])
@@ -103,7 +117,7 @@ class Widen(Edit):
                 left.append(problem)
                 continue
             width = drawing.width(found.name)
-            step = _step(drawing, width, self._new_size(width))
+            step = self._step(drawing, width)
             drawing.record(step)
             steps.append(step)
         if not steps:
@@ -112,6 +126,12 @@ class Widen(Edit):
         attributes = (*drawing.attributes(axes), *_epsilons(axes, steps))
         kept = "".join(f"; '{error.place}' stays: {error.seen}" for error in left)
         return Patch(self, "exact", f"widen {sizes}{kept}", tuple(steps), attributes=attributes)
+
+    def _step(self, drawing: Drawing, width: Width) -> WidthStep:
+        size = self._new_size(width)
+        if self.init == "split":
+            return split_step(drawing, width, size)
+        return with_rows(_step(drawing, width, size), self.rows)
 
     def _new_size(self, width: Width) -> int:
         if self.to is None:
@@ -133,6 +153,8 @@ class Widen(Edit):
         return self.to
 
     def _unmixable(self, width: Width) -> list[EditError]:
+        if self.init == "split":
+            return unsplittable(width)
         kinds = {mixer.kind for mixer in width.mixers}
         if not kinds and _is_dead_end(width):
             return [_dead_end(width)]

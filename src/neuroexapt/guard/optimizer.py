@@ -21,6 +21,13 @@ SECOND_MOMENTS = frozenset(
     | {"variance", "step_size"}  # Adafactor's for vectors; Rprop's, which is a rate of its own
 )
 
+# The power of the gradient that a state is made of, where it is not the first: what happens to it
+# when a parameter is scaled or split. Steps and rates do not depend on the gradient's length.
+POWERS = {
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"), 2),
+    **dict.fromkeys(("acc_delta", "step_size"), 0),
+}
+
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """The optimizer must be the one that trains this model.
@@ -60,10 +67,15 @@ def migrate(
 ) -> None:
     """Resize the state of one parameter, which still has its old shape.
 
-    First moments of new entries are 0, second moments the mean of their siblings.
+    First moments of new entries are 0, second moments the mean of their siblings. Copies of one
+    unit, and scaled parameters, get the moments they would have had (to the mean of the copies'
+    shares): Chen et al. 2016 leave this open.
     """
-    steps = tuple(steps)
-    convert(ledger, optimizer, parameter, partial(_migrated, steps=steps, name=name), name)
+    powers = dict(POWERS)
+    if "square_avg" in optimizer.state.get(parameter, ()):
+        powers["momentum_buffer"] = 0  # RMSprop's holds steps, SGD's gradients
+    change = partial(_migrated, steps=tuple(steps), name=name, powers=powers)
+    convert(ledger, optimizer, parameter, change, name)
 
 
 def convert(
@@ -108,9 +120,11 @@ def _converted(key: str, value: Any, change: Callable[[str, Tensor], Tensor]) ->
     return change(key, value) if value.dim() else value.clone()
 
 
-def _migrated(key: str, value: Tensor, steps: tuple[WidthStep, ...], name: str) -> Tensor:
-    fill = "mean" if key in SECOND_MOMENTS else "zero"
-    return resized(value, steps, name, generator=torch.Generator(), fill=fill)
+def _migrated(
+    key: str, value: Tensor, steps: tuple[WidthStep, ...], name: str, powers: Mapping[str, int]
+) -> Tensor:
+    fill, power = "mean" if key in SECOND_MOMENTS else "zero", powers.get(key, 1)
+    return resized(value, steps, name, generator=torch.Generator(), fill=fill, power=power)
 
 
 def _set_state(

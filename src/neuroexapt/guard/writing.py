@@ -97,7 +97,9 @@ def _resize_tensor(
     new = _alike(tensor, resized(tensor, patch.steps, name, generator=generator))
     if isinstance(tensor, nn.Parameter):
         if tensor.grad is not None:
-            new.grad = resized(tensor.grad, patch.steps, name, generator=generator, fill="zero")
+            new.grad = resized(
+                tensor.grad, patch.steps, name, generator=generator, fill="zero", power=1
+            )
         if optimizer is not None:
             migrate(ledger, optimizer, tensor, patch.steps, name)
     swap(ledger, tensor, new, name)
