@@ -56,9 +56,15 @@ def _by_root(prober: Prober, mix: Mix, moving: list[Moving]) -> bool:
         and not all(atom.pin for atom in algebra.atoms(m.axis))  # as over the tokens
     ]
     ratio = predicted(mix.axis, prober.sizes) / mix.axis.size
+    if not factors or ratio == 1:
+        return False
     # All runs of the model have told of their dots, the factors are those of one run.
-    each = prod(factors) ** (len(prober.traces) / max(1, len(dots)))
-    return bool(factors) and ratio != 1 and isclose(each, ratio**-0.5, rel_tol=1e-6)
+    runs = len(prober.traces)
+    together = prod(factors) ** (runs / max(1, len(dots)))
+    # One factor a dot, and some for products of constants, which are not counted as dots.
+    alike = len(set(factors)) == 1 and len(factors) * runs >= len(dots)
+    each = [together, factors[0]] if alike else [together]
+    return any(isclose(one, ratio**-0.5, rel_tol=1e-6) for one in each)
 
 
 def _moving(prober: Prober) -> Iterator[Moving]:
