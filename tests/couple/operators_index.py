@@ -146,7 +146,7 @@ INDEX_ROWS = (
         lambda: Between(nn.Linear(5, 8), Experts(True), nn.Linear(8, 3)),
         VECTOR,
         (8, 12),
-        "rows go to the experts",
+        "the forward holds its size as a number",
     ),
     Row("matrices by number", Picked, VECTOR, (4, 6), "index tensor"),
     Row("relative positions", Windowed, TOKENS, (3, 4), "index tensor"),
@@ -165,8 +165,7 @@ INDEX_ROWS = (
         "multinomial",
         vector(lambda x: x.gather(1, x.softmax(-1).multinomial(2)), 6, 2),
         VECTOR,
-        (),
-        "named by number",
+        (6,),
     ),
     Row("cummax", vector(lambda x: x.cummax(1)[0]), TOKENS, (6,)),
     Row(

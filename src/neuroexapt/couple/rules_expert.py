@@ -12,13 +12,19 @@ _ALIGNMENT = 16  # bytes: what the kernel asks of every row
 def grouped_mm(site: Site) -> list[Dims]:
     """Rows (T, k), grouped by offsets (E), times a matrix (E, k, n) for each group -> (T, n).
 
-    The inner widths are free as in any product; experts and rows are named by order.
+    The inner widths are free as in any product. The experts are a width where the offsets are
+    sums of counts, one for each expert; else experts and rows are named by order.
     """
     x, weight, *rest = site.call.inputs
     if len(x.shape) != 2 or len(weight.shape) != 3:
         raise ValueError("groups along another dimension")
-    for axis in (site.axis(x, 0), site.axis(weight, 0), *(site.axis(ref, 0) for ref in rest)):
-        site.pin(axis, _GROUPS)
+    groups = [site.axis(weight, 0), *(site.axis(ref, 0) for ref in rest)]
+    if any(ref in site.draft.counts for ref in rest):
+        for axis in groups[1:]:
+            site.same(axis, groups[0])
+    else:
+        for axis in (site.axis(x, 0), *groups):
+            site.pin(axis, _GROUPS)
     inner = site.same(site.axis(x, 1), site.axis(weight, 1))
     if site.call.op == "aten._grouped_mm":
         for axis in (inner, site.axis(weight, 2)):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from neuroexapt.capture import TensorRef
+from neuroexapt.couple.numbering import indexed
 from neuroexapt.couple.rules_pointwise import broadcast
 from neuroexapt.couple.site import Dims, Label, Site, rule
 
@@ -21,7 +22,7 @@ def gather(site: Site) -> list[Dims]:
     x, dim, index = site.call.args[:3]
     if not x.shape:
         return [site.dims(index)]
-    _hold(site, x, dim)
+    indexed(site, x, dim, index, _BY_NUMBER)
     _beside(site, index, x, dim)
     labels = list(site.labels(x))
     labels[dim] = frozenset()
@@ -52,7 +53,7 @@ def index_select(site: Site) -> list[Dims]:
     x, dim, index = site.call.args[:3]
     if not x.shape:
         return [()]
-    _hold(site, x, dim)
+    indexed(site, x, dim, index, _BY_NUMBER)
     dims, labels = list(site.dims(x)), list(site.labels(x))
     dims[dim] = site.axis(index, 0) if index.shape else site.fixed(1, _BY_NUMBER)
     labels[dim] = frozenset()
@@ -81,7 +82,7 @@ def scatter(site: Site) -> list[Dims]:
     x, dim, index, *rest = site.call.args
     if not x.shape:
         return [()]
-    _hold(site, x, dim)
+    indexed(site, x, dim, index, _BY_NUMBER)
     _beside(site, index, x, dim)
     written = site.axis(index, dim)
     for src in (ref for ref in rest if isinstance(ref, TensorRef)):
@@ -163,8 +164,10 @@ def _slots(x: TensorRef, indices: Sequence[TensorRef | None]) -> _Slots:
 
 def _axes(site: Site, x: TensorRef, slots: _Slots, hits: int) -> Dims:
     """The axes of ``x[indices]``; what is read by number keeps its positions."""
-    for dim in set(range(len(x.shape))) - set(slots.passing):
-        _hold(site, x, dim)
+    taken = [dim for dim in range(len(x.shape)) if dim not in slots.passing]
+    named = slots.indices if len(slots.indices) == len(taken) else [None] * len(taken)
+    for dim, ref in zip(taken, named, strict=True):
+        indexed(site, x, dim, ref, _BY_NUMBER)
     for mask in slots.masks:
         for axis in site.dims(mask):
             site.pin(axis, "a mask by position")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from neuroexapt.capture import TensorRef
+from neuroexapt.couple.numbering import counted
 from neuroexapt.couple.site import Dims, Site, rule
 
 
@@ -60,7 +61,11 @@ def topk(site: Site) -> list[Dims]:
 def running(site: Site) -> list[Dims]:
     """Every position depends on those before it."""
     x = site.call.inputs[0]
-    _order_matters(site, x)
+    if site.call.op == "aten.cumsum" and x in site.draft.counts:
+        # Where the rows of each position begin, once they are sorted by position.
+        site.draft.counts[site.call.outputs[0]] = site.draft.counts[x]
+    else:
+        _order_matters(site, x)
     return [site.dims(x)]
 
 
@@ -108,9 +113,14 @@ def isin(site: Site) -> list[Dims]:
 @rule("aten.histc", "aten.bincount", "aten._unique2", "aten.unique_dim", "aten.unique_consecutive")
 def tally(site: Site) -> list[Dims]:
     """Values counted or listed: every position of the inputs may matter to every count."""
+    each = counted(site) if site.call.op in ("aten.histc", "aten.bincount") else None
     for ref in site.call.inputs:
-        for axis in site.dims(ref):
-            site.pin(axis, "values counted")
+        for axis in (*site.dims(ref), *site.draft.numbering.get(ref, ())):
+            if each is None:
+                site.pin(axis, "values counted")
+    if each is not None:
+        site.draft.counts[site.call.outputs[0]] = each
+        return [(each,)]
     return [tuple(site.chosen(size) for size in ref.shape) for ref in site.call.outputs]
 
 

@@ -153,6 +153,7 @@ class Draft:
 
     Attributes:
         numbering: axes whose positions the values of a tensor name (what ``argmax`` gives).
+        counts: how often each position of an axis was named, or running sums of that.
         repeated: dimensions along which a tensor repeats one value (what ``expand`` makes).
         entries: what new entries have become, for each dimension of a tensor.
         chance: tensors of random values (the masks of dropout).
@@ -167,6 +168,7 @@ class Draft:
     weights: set[TensorRef] = field(default_factory=set)
     squares: dict[TensorRef, TensorRef] = field(default_factory=dict)
     numbering: dict[TensorRef, Dims] = field(default_factory=dict)
+    counts: dict[TensorRef, Axis] = field(default_factory=dict)
     repeated: dict[TensorRef, frozenset[int]] = field(default_factory=dict)
     views: dict[TensorRef, TensorRef] = field(default_factory=dict)
     taken: set[TensorRef] = field(default_factory=set)

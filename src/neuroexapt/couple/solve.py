@@ -34,6 +34,7 @@ from neuroexapt.couple import (
     rules_view,
 )
 from neuroexapt.couple.axis import Axis
+from neuroexapt.couple.numbering import follow_numbers
 from neuroexapt.couple.silence import follow_silence
 from neuroexapt.couple.site import RULES, Bind, Dims, Draft, Label, Site, place_of
 
@@ -129,9 +130,7 @@ def _seed(trace: Trace, draft: Draft) -> None:
 
 def couple(site: Site) -> None:
     """Apply the rule of one call, and follow where its results stem from."""
-    for ref in site.call.inputs:
-        for axis in site.draft.numbering.get(ref, ()):
-            site.pin(axis, "its positions are named by number")
+    follow_numbers(site)
     rule = RULES.get(site.call.op)
     if rule is None and site.call.pointwise:
         rule = rules_pointwise.pointwise

@@ -287,3 +287,18 @@ def _stale(owner: Owner, built: nn.Module) -> Iterator[tuple[Attribute, Any]]:
             for name, value in values_of(old).items():
                 if values.get(name, value) != value:
                     yield Attribute(at, f"config.{name}"), values[name]
+    yield from _repeated(owner, built)
+
+
+def _repeated(owner: Owner, built: nn.Module) -> Iterator[tuple[Attribute, Any]]:
+    """Whole numbers that modules took from the config when they were made, and still hold.
+
+    A forward with other inputs may read one: the number of experts, for a loss that balances them.
+    """
+    apart = list(_differing(owner.module, built, int))
+    if apart:
+        first = dict(build(type(built), owner.before).named_modules())
+        for at, ours, theirs in apart:
+            held = vars(first[at.module]) if at.module in first else {}
+            if held.get(at.name) == ours:
+                yield Attribute(f"{owner.path}.{at.module}".strip("."), at.name), theirs
