@@ -18,6 +18,7 @@ from neuroexapt.edit.insert import InsertConv
 from neuroexapt.edit.narrow import Narrow, group_norm
 from neuroexapt.edit.patch import (
     AttributeEdit,
+    Decay,
     DimEdit,
     Insertion,
     Masking,
@@ -28,14 +29,17 @@ from neuroexapt.edit.patch import (
     Scaling,
     WidthStep,
 )
+from neuroexapt.edit.regularize import AddRegularization, StochasticDepth
 from neuroexapt.edit.residual import InsertResidual
 from neuroexapt.edit.resize import folded, resized, unit_sums
 from neuroexapt.edit.widen import Widen
 
 __all__ = [
     "MASK",
+    "AddRegularization",
     "AttributeEdit",
     "BranchSpec",
+    "Decay",
     "DimEdit",
     "Edit",
     "Gate",
@@ -50,6 +54,7 @@ __all__ = [
     "Rewrite",
     "Scaling",
     "Spec",
+    "StochasticDepth",
     "Widen",
     "WidthStep",
     "build",
