@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import zoo_others as others
+
 CLASSES = 10
 VOCAB = 23
 TOKENS = 12
@@ -1012,6 +1014,39 @@ def _image_dict(*shape: int) -> Callable[[int], Args]:
     return lambda batch: ({"image": floats(batch)[0]},)
 
 
+def _token_pair(length: int) -> Callable[[int], Args]:
+    """Two texts of token ids, each ``(batch, length)``."""
+
+    def args(batch: int) -> Args:
+        generator = torch.Generator().manual_seed(_ARGS_SEED)
+        first, second = torch.randint(0, VOCAB, (2, batch, length), generator=generator)
+        return first, second
+
+    return args
+
+
+def _segmented(length: int) -> Callable[[int], Args]:
+    """Token ids of ``(batch, length)`` and the segment, 0 or 1, of each."""
+
+    def args(batch: int) -> Args:
+        ids, other = _token_pair(length)(batch)
+        return ids, (other % 2).sort(-1).values
+
+    return args
+
+
+def _graph(nodes: int, features: int) -> Callable[[int], Args]:
+    """Node features of ``(batch, nodes, features)`` and a symmetric adjacency matrix."""
+
+    def args(batch: int) -> Args:
+        x = _floats(nodes, features)(batch)[0]
+        generator = torch.Generator().manual_seed(_ARGS_SEED)
+        drawn = torch.rand(batch, nodes, nodes, generator=generator, dtype=torch.float32)
+        return x, ((drawn + drawn.transpose(1, 2)) > 1).float()
+
+    return args
+
+
 ZOO: tuple[Entry, ...] = (
     Entry("reference_cnn", ReferenceCNN, _floats(3, 32, 32), "image"),
     Entry("small_cnn", SmallCNN, _floats(3, 16, 16), "image"),
@@ -1038,6 +1073,13 @@ ZOO: tuple[Entry, ...] = (
     Entry("norm_free_residual", NormFreeResidual, _floats(3, 16, 16), "image"),
     Entry("inception_branches", InceptionBranches, _floats(3, 16, 16), "image"),
     Entry("encoder_layer", EncoderLayer, _floats(TOKENS, 6), "sequence"),
+    Entry("lstm", others.LSTMTagger, _tokens(TOKENS), "sequence"),
+    Entry("gru", others.GRUClassifier, _floats(TOKENS, 6), "sequence"),
+    Entry("bert", others.Bert, _segmented(TOKENS), "sequence"),
+    Entry("encoder_decoder", others.Seq2Seq, _token_pair(TOKENS), "sequence"),
+    Entry("moe", others.MixtureOfExperts, _tokens(TOKENS), "sequence"),
+    Entry("generator", others.Generator, _floats(10), "image"),
+    Entry("graph_net", others.GraphNet, _graph(7, 5), "sequence"),
 )
 
 _BY_NAME = {row.name: row for row in ZOO}

@@ -22,7 +22,7 @@ from neuroexapt.errors import (
 )
 from neuroexapt.guard import Trial, transaction
 from neuroexapt.guard.verify import _check_fake, behaviour
-from tests.laws.world import changes, snapshot
+from neuroexapt.testing import changes, snapshot
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NAN, INF = float("nan"), float("inf")

@@ -23,8 +23,9 @@ from neuroexapt import (
 from neuroexapt.edit import Edit
 from neuroexapt.errors import EditError, GuardError, VerifyError
 from neuroexapt.guard import Transaction, Trial
+from neuroexapt.testing import changes, snapshot
 from tests import zoo
-from tests.laws.world import changes, snapshot, train
+from tests.laws.world import train
 
 NAME = "conv1d_net"
 ARGS = zoo.example(NAME)

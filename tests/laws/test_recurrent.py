@@ -19,8 +19,8 @@ from neuroexapt.couple import unit_of
 from neuroexapt.edit import Edit
 from neuroexapt.errors import EditError, GuardError, NeuroExaptError, VerifyError
 from neuroexapt.guard import Transaction, Trial
+from neuroexapt.testing import changes, snapshot
 from tests.couple.recurrent import CASES, Case, Tagger, Translate, built, steps, texts
-from tests.laws.world import changes, snapshot
 
 # Without oneDNN's support torch says so once a process.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")

@@ -29,6 +29,7 @@ REFUSED: dict[tuple[str, str], tuple[type[NeuroExaptError], str]] = {
     ("groupnorm_cnn", "conv2.out"): (EditError, "group_norm"),
     # Token mixing is a nonlinear function of each channel: a mean of channels does not stay one.
     ("mixer", "patch_embed.out"): (EditError, "behind an operator"),
+    ("gru", "gru.hidden_size"): (EditError, "behind an operator"),
 }
 
 each = pytest.mark.parametrize("name", NAMES)
@@ -170,6 +171,10 @@ NORMED = {
     ("llama", "embed_tokens.out"): "mean_square",
     ("groupnorm_cnn", "conv1.out"): "group_norm",
     ("groupnorm_cnn", "conv2.out"): "group_norm",
+    ("gru", "gru.hidden_size"): "layer_norm",
+    ("bert", "embeddings.word_embeddings.out"): "layer_norm",
+    ("encoder_decoder", "encoder.0.self_attn.out.out"): "layer_norm",
+    ("moe", "embed.out"): "layer_norm",
 }
 
 

@@ -151,8 +151,6 @@ class AxisMap:
         parameters: names of the parameters among ``tensors``, in the model's order.
         notes: what a reader should know (a run that did not go through, say).
         offsets: numbers that the forward adds to a parameter before use (a norm's ``1 + weight``).
-        kinds: for each module path the name of its class or nearest base in ``torch.nn`` or this
-            library (``"Dropout"``; ``"Module"`` for a class of the user's own).
 
     Example:
         >>> import torch
@@ -174,7 +172,6 @@ class AxisMap:
     parameters: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     offsets: Mapping[str, float] = field(default_factory=dict)
-    kinds: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, at: str) -> tuple[Width, ...]:
         """The widths a place means: a width's name, a module path, or a glob over both.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -72,20 +71,7 @@ def map_axes(
     prober.settle()
     note_scales(prober)
     parameters = tuple(name for name, _ in model.named_parameters())
-    return replace(freeze(draft, traces, parameters, _notes(traces)), kinds=_kinds(model))
-
-
-def _kinds(model: nn.Module) -> dict[str, str]:
-    """Per module path the class, or the nearest base of it, that torch or this library wrote."""
-    known = ("torch.nn.", "neuroexapt.")
-    return {
-        path: next(
-            kind.__name__
-            for kind in type(module).__mro__
-            if kind.__module__.startswith(known) and "_nx_original" not in vars(kind)
-        )
-        for path, module in model.named_modules(remove_duplicate=False)
-    }
+    return freeze(draft, traces, parameters, _notes(traces))
 
 
 def _notes(traces: tuple[Trace, ...]) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ from neuroexapt.edit.insert import InsertConv
 from neuroexapt.edit.narrow import Narrow, group_norm
 from neuroexapt.edit.patch import (
     AttributeEdit,
-    Decay,
     DimEdit,
     Insertion,
     Masking,
@@ -29,17 +28,15 @@ from neuroexapt.edit.patch import (
     Scaling,
     WidthStep,
 )
-from neuroexapt.edit.regularize import AddRegularization, StochasticDepth
+from neuroexapt.edit.registry import kind_named, register, registered
 from neuroexapt.edit.residual import InsertResidual
 from neuroexapt.edit.resize import folded, resized, unit_sums
 from neuroexapt.edit.widen import Widen
 
 __all__ = [
     "MASK",
-    "AddRegularization",
     "AttributeEdit",
     "BranchSpec",
-    "Decay",
     "DimEdit",
     "Edit",
     "Gate",
@@ -54,7 +51,6 @@ __all__ = [
     "Rewrite",
     "Scaling",
     "Spec",
-    "StochasticDepth",
     "Widen",
     "WidthStep",
     "build",
@@ -64,7 +60,13 @@ __all__ = [
     "grafted_class",
     "group_norm",
     "is_branch",
+    "kind_named",
     "original_class",
+    "register",
+    "registered",
     "resized",
     "unit_sums",
 ]
+
+for _kind in (InsertConv, InsertResidual, Narrow, Widen):
+    register(_kind)

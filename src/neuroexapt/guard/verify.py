@@ -25,7 +25,7 @@ _NOISE = 10
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
-class _WithoutChance(TorchDispatchMode):
+class WithoutChance(TorchDispatchMode):
     """Random operators return their mean, so that two models can be compared in training mode.
 
     Dropout keeps everything; noise is zero, a uniform draw one half.
@@ -101,7 +101,7 @@ def _forward(
     # Batch norm updates its buffers in training mode: it gets copies.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     buffers.update(parameters or {})
-    with restored(model, training), torch.no_grad(), _WithoutChance():  # type: ignore[no-untyped-call]
+    with restored(model, training), torch.no_grad(), WithoutChance():  # type: ignore[no-untyped-call]
         copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
         try:
             result = functional_call(model, buffers, copies[0], copies[1])
@@ -290,7 +290,7 @@ def _check_gradients(
         name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad
     }
     copies = {**stand_ins, **{n: b.clone() for n, b in model.named_buffers()}}
-    with restored(model, training), torch.enable_grad(), _WithoutChance():  # type: ignore[no-untyped-call]
+    with restored(model, training), torch.enable_grad(), WithoutChance():  # type: ignore[no-untyped-call]
         inputs = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
         result = functional_call(model, copies, inputs[0], inputs[1])
         leaves = [t for t in opened(result) if isinstance(t, Tensor) and t.requires_grad]

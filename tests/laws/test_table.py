@@ -1,0 +1,85 @@
+"""Every operation on every model of the zoo: it keeps its promise, or is refused with a reason.
+
+A new operation is a row in ``OPERATIONS`` and inherits every law; what it refuses is listed in
+``REFUSED`` with a word of the reason, and every other cell must be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import pytest
+from torch import nn
+
+from neuroexapt import AxisMap, InsertConv, InsertResidual, Narrow, Widen
+from neuroexapt.edit import Edit, registered
+from neuroexapt.testing import Row, check_cell
+from tests import zoo
+from tests.laws.world import NAMES, mapped
+
+Choice = Callable[[AxisMap, nn.Module], Iterable[Edit]]
+
+
+def widths(axes: AxisMap) -> list[str]:
+    """Names of all widths, those that most tensors have first: a stream before a hidden layer."""
+    order = sorted(axes.widths.values(), key=lambda width: -len(width.appearances))
+    return [width.name for width in order]
+
+
+def paths(axes: AxisMap, model: nn.Module) -> list[str]:
+    """Paths of all modules that run, containers and blocks first, the root last."""
+    inner = [path for path in axes.modules if path]
+    blocks = [path for path in inner if any(model.get_submodule(path).children())]
+    return [*blocks, *(path for path in inner if path not in blocks), ""]
+
+
+OPERATIONS: dict[str, Choice] = {
+    "Widen": lambda axes, model: [Widen(name, by=2) for name in widths(axes)],
+    "Narrow": lambda axes, model: [Narrow(name, by=1) for name in widths(axes)],
+    "InsertConv": lambda axes, model: [InsertConv(path) for path in paths(axes, model)],
+    "InsertResidual": lambda axes, model: [InsertResidual(path) for path in paths(axes, model)],
+}
+
+NO_IMAGES = ("gpt", "mlp", "llama", "shared_module", "encoder_layer", "lstm", "gru", "bert")
+NO_IMAGES += ("encoder_decoder", "moe", "graph_net")
+REFUSED: dict[tuple[str, str], str] = {
+    ("InsertConv", name): "with one to three spatial dimensions" for name in NO_IMAGES
+}
+
+
+@cache
+def row(name: str) -> Row:
+    """A zoo model as a row of the table."""
+    entry = zoo.entry(name)
+    return Row(name, entry.make, entry.args(4))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_cell(operation: str, name: str) -> None:
+    """All laws hold, or the refusal is the one expected."""
+    cell = check_cell(OPERATIONS[operation], row(name), axes=mapped(name))
+    expected = REFUSED.get((operation, name))
+    if expected is None:
+        assert cell.kept, cell.reason
+    else:
+        assert not cell.kept, f"{cell.edit} is made by now: take its cell out of REFUSED"
+        assert expected in cell.reason
+
+
+def test_every_operation_has_a_row_and_every_refusal_a_cell() -> None:
+    """Registered edits of the library and rows are the same; no refusal is listed in vain."""
+    own = {n for n, kind in registered().items() if kind.__module__.startswith("neuroexapt.")}
+    assert {operation.split()[0] for operation in OPERATIONS} == own
+    assert set(REFUSED) <= {(operation, name) for operation in OPERATIONS for name in NAMES}
+
+
+def test_the_zoo_has_every_family() -> None:
+    """At least 25 models, of every family that users train."""
+    families = {"reference_cnn", "resnet_basic", "densenet", "mobilenet", "unet", "conv1d_net"}
+    families |= {"conv3d_net", "lstm", "gru", "mlp", "mixer", "vit", "gpt", "llama", "bert"}
+    families |= {"encoder_decoder", "moe", "vae", "generator", "graph_net", "shared_module"}
+    families |= {"gpt_nano"}  # tied embeddings
+    assert families <= set(NAMES)
+    assert len(NAMES) >= 25
