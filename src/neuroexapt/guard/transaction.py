@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
+from neuroexapt.capture import Trace
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.edit import Edit, Patch
 from neuroexapt.errors import GuardError
 from neuroexapt.guard.config import Run, follow, owners
 from neuroexapt.guard.ledger import Ledger
+from neuroexapt.guard.memory import activation_bytes, check_room, forecast
 from neuroexapt.guard.optimizer import check_optimizer
 from neuroexapt.guard.verify import behaviour, verify
 from neuroexapt.guard.writing import write
@@ -54,9 +57,16 @@ class Applied:
 class Transaction:
     """A block in which edits are made; see :func:`transaction`."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        memory: int | None = None,
+    ) -> None:
         self.model = inner_module(model)
         self.optimizer = optimizer
+        self.memory = memory
         self.ledger = Ledger()
         check_optimizer(self.model, optimizer)
 
@@ -92,7 +102,8 @@ class Transaction:
 
         Raises:
             EditError, CaptureError: it cannot be made; nothing was written.
-            GuardError: a live graph or weak reference forbids it; taken back.
+            GuardError: a live graph or weak reference forbids it, or there is not the memory for
+                it; taken back.
             VerifyError: it was made and failed its check; taken back.
         """
         started = time.perf_counter()
@@ -100,6 +111,7 @@ class Transaction:
         kwargs = dict(kwargs or {})
         axes = axes or map_axes(self.model, args, kwargs)
         patch = edit.plan(axes, named_tensors(self.model))
+        self._check_memory(patch, edit)
         modes = tuple(trace.training for trace in axes.traces)
         before = behaviour(self.model, args, kwargs, modes)
         parameters = _count(self.model)
@@ -107,7 +119,8 @@ class Transaction:
         mark = len(self.ledger)
         try:
             write(self.ledger, self.model, self.optimizer, patch)
-            difference = verify(self.model, args, kwargs, before, patch)
+            check = partial(self._check_activations, axes.traces, edit)
+            difference = verify(self.model, args, kwargs, before, patch, check)
             notes = follow(self.ledger, self.model, configs, Run(args, kwargs, modes))
         except BaseException:
             self.ledger.roll_back(to=mark)
@@ -121,6 +134,19 @@ class Transaction:
             time.perf_counter() - started,
             notes,
         )
+
+    def _check_memory(self, patch: Patch, edit: Edit) -> None:
+        optimizers = [] if self.optimizer is None else [self.optimizer]
+        needed = forecast(patch, self.model, optimizers).peak
+        check_room(needed, f"{type(edit).__name__}({edit.place!r})", self.model, self.memory)
+
+    def _check_activations(
+        self, before: Sequence[Trace], edit: Edit, after: Sequence[Trace]
+    ) -> None:
+        """What a step on the example keeps for its backward, beyond what it kept before."""
+        more = max(map(activation_bytes, after)) - max(map(activation_bytes, before))
+        what = f"activations of a step after {type(edit).__name__}({edit.place!r})"
+        check_room(more, what, self.model, self.memory)
 
     def stage(self, patch: Patch) -> None:
         """Write a patch without verifying it: for measuring inside a block that is taken back.
@@ -144,7 +170,12 @@ class Transaction:
         self.ledger.roll_back()
 
 
-def transaction(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Transaction:
+def transaction(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    memory: int | None = None,
+) -> Transaction:
     """A block in which edits are made together or not at all.
 
     Leaving the block by an exception (KeyboardInterrupt too) restores every bit: parameters,
@@ -154,6 +185,8 @@ def transaction(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     Args:
         model: the model the user holds; it stays this object.
         optimizer: the optimizer that trains it; its state follows.
+        memory: bytes that an edit may add, to the weights and optimizer while it is made and to
+            the activations of a step; by default what the device has free.
 
     Raises:
         GuardError: the model is wrapped for distributed training, or the optimizer is not its.
@@ -169,7 +202,7 @@ def transaction(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
         ...     print(net[0].out_features)
         8
     """
-    return Transaction(model, optimizer)
+    return Transaction(model, optimizer, memory=memory)
 
 
 def apply(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neuroexapt.capture import Trace
 from neuroexapt.capture.restore import restored
 from neuroexapt.capture.run import capture_both, opened
 from neuroexapt.edit import Patch
@@ -123,17 +124,19 @@ def verify(
     kwargs: Mapping[str, Any],
     before: Behaviour,
     patch: Patch,
+    check: Callable[[Sequence[Trace]], None] = lambda traces: None,
 ) -> float:
     """Check an edited model against what it did before; return the largest output difference.
 
     Runs it on fake tensors (shapes; a failing kernel would end the process on an accelerator),
     on the real batch (the promise), then backward once (finite gradients); surviving parameters
-    must be the same objects of the same kind.
+    must be the same objects of the same kind. ``check`` looks at the run on fake tensors before
+    the real one, and may raise.
 
     Raises:
         VerifyError: the first check that fails.
     """
-    _check_fake(model, args, kwargs, before)
+    check(_check_fake(model, args, kwargs, before))
     try:
         after = behaviour(model, args, kwargs, tuple(before.outputs))
     except CaptureError as error:
@@ -167,7 +170,7 @@ def _check_shapes(shapes: tuple[tuple[int, ...], ...], old: tuple[tuple[int, ...
 
 def _check_fake(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], before: Behaviour
-) -> None:
+) -> Sequence[Trace]:
     try:
         traces = capture_both(model, args, kwargs)
     except CaptureError as error:
@@ -176,6 +179,7 @@ def _check_fake(
         if trace.training in before.shapes:
             shapes = tuple(ref.shape for ref in trace.outputs)
             _check_shapes(shapes, before.shapes[trace.training])
+    return traces
 
 
 def _promised(patch: Patch, before: Behaviour) -> tuple[bool, ...]:
