@@ -5,7 +5,7 @@ change yourself with :func:`apply`. ``docs/architecture.md`` shows the rooms.
 """
 
 from neuroexapt.couple import AxisMap, map_axes
-from neuroexapt.edit import InsertConv, InsertResidual, Narrow, Widen
+from neuroexapt.edit import InsertAttention, InsertConv, InsertResidual, Narrow, Widen
 from neuroexapt.errors import NeuroExaptError
 from neuroexapt.guard import apply, transaction
 from neuroexapt.plan import Budget, Settings
@@ -15,6 +15,7 @@ __all__ = [
     "AxisMap",
     "Budget",
     "Evolver",
+    "InsertAttention",
     "InsertConv",
     "InsertResidual",
     "Narrow",

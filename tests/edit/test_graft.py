@@ -12,10 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuroexapt import InsertConv, InsertResidual, Narrow, Widen, apply, map_axes
+from neuroexapt import InsertAttention, InsertConv, InsertResidual, Narrow, Widen, apply, map_axes
 from neuroexapt.edit import Edit, grafted_class, original_class
 
-EDITS: list[Edit] = [InsertConv("features.2"), InsertResidual("features"), InsertConv("features")]
+EDITS: list[Edit] = [
+    InsertConv("features.2"),
+    InsertResidual("features"),
+    InsertConv("features"),
+    InsertConv("features.2", mode="identity", bias=True),
+    InsertAttention("features.2", "squeeze_excite"),
+    InsertAttention("features", "self", heads=1),
+]
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 

@@ -31,7 +31,7 @@ from neuroexapt.capture.attributes import Attribute, attributes_set
 from neuroexapt.capture.numbers import Number, Watch, attributes_tracked
 from neuroexapt.capture.restore import restored
 from neuroexapt.capture.source import user_line
-from neuroexapt.capture.trace import Call, ModuleRun, TensorRef, Trace
+from neuroexapt.capture.trace import Call, ModuleRun, TensorRef, Trace, form_of
 from neuroexapt.capture.whole import Whole
 from neuroexapt.errors import CaptureError
 
@@ -57,6 +57,7 @@ class _Tape:
     calls: list[Call] = field(default_factory=list)
     runs: list[ModuleRun] = field(default_factory=list)
     stack: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # of each module on the stack
     failed_in: str | None = None
     inside: bool = False  # a call written down as a whole: its parts are not
     _known: dict[int, TensorRef] = field(default_factory=dict)
@@ -178,16 +179,20 @@ def _follow_modules(model: nn.Module, tape: _Tape) -> Iterator[None]:
 
     def enter(module: nn.Module, args: Any) -> None:
         tape.stack.append(paths.get(id(module), tape.module))
+        tape.starts.append(len(tape.calls))
 
     # While an exception unwinds, torch leaves the keyword inputs out.
     def leave(module: nn.Module, args: Any, *kwargs_and_output: Any) -> None:
         *kwargs, output = kwargs_and_output
-        path = tape.stack.pop()
+        path, start = tape.stack.pop(), tape.starts.pop()
         # An `always_call` hook also runs while an exception unwinds; the output is then None.
         if output is None and tape.failed_in is None:
             tape.failed_in = path
         if id(module) in paths:
-            tape.runs.append(ModuleRun(path, tape.refs((args, kwargs)), tape.refs(output)))
+            takes = form_of(args[0]) if args else "nothing"
+            inputs, outputs = tape.refs((args, kwargs)), tape.refs(output)
+            span = start, len(tape.calls)
+            tape.runs.append(ModuleRun(path, inputs, outputs, takes, form_of(output), *span))
 
     handles = [
         register_module_forward_pre_hook(enter),

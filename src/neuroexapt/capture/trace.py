@@ -119,11 +119,20 @@ class Call:
 
 @dataclass(frozen=True)
 class ModuleRun:
-    """One call of a module: the tensors that went in and the tensors that came out."""
+    """One call of a module: the tensors that went in and the tensors that came out.
+
+    ``takes`` and ``gives`` say what the first positional input and the output are: a
+    ``"tensor"``, a ``"tuple"`` that begins with one, ``"nothing"``, or the class of what it is.
+    The operator calls from ``start`` to ``stop`` of the trace were made meanwhile.
+    """
 
     path: str
     inputs: tuple[TensorRef, ...]
     outputs: tuple[TensorRef, ...]
+    takes: str = "tensor"
+    gives: str = "tensor"
+    start: int = 0
+    stop: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,20 @@ class Trace:
     runs: tuple[ModuleRun, ...]
     training: bool
     fake: bool
+
+
+def form_of(value: Any) -> str:
+    """What a module takes or gives: a tensor, a tuple that begins with one, or its class.
+
+    Example:
+        >>> form_of((torch.zeros(1), None)), form_of({})
+        ('tuple', 'dict')
+    """
+    if isinstance(value, torch.Tensor):
+        return "tensor"
+    if isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):
+        return "tuple"
+    return type(value).__name__
 
 
 def refs_in(value: Any) -> Iterator[TensorRef]:

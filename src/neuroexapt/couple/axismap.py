@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from neuroexapt.capture import Trace
+from neuroexapt.capture.stacks import Stack
 from neuroexapt.couple.index import Expr, leaves
 from neuroexapt.errors import EditError, PinnedError, UnknownPlaceError
 
@@ -151,6 +152,8 @@ class AxisMap:
         parameters: names of the parameters among ``tensors``, in the model's order.
         notes: what a reader should know (a run that did not go through, say).
         offsets: numbers that the forward adds to a parameter before use (a norm's ``1 + weight``).
+        fused: modules that torch may run in evaluation mode without calling their parts.
+        stacks: layers that are counted by a number in them, such as ``layer_idx``.
 
     Example:
         >>> import torch
@@ -172,6 +175,8 @@ class AxisMap:
     parameters: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     offsets: Mapping[str, float] = field(default_factory=dict)
+    fused: tuple[str, ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
     def find(self, at: str) -> tuple[Width, ...]:
         """The widths a place means: a width's name, a module path, or a glob over both.

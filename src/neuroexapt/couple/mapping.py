@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from neuroexapt.capture import Trace
 from neuroexapt.capture.run import capture_both
+from neuroexapt.capture.stacks import find_stacks
 from neuroexapt.couple.attention import tie_attention
 from neuroexapt.couple.axismap import AxisMap
 from neuroexapt.couple.freeze import freeze
@@ -71,7 +73,11 @@ def map_axes(
     prober.settle()
     note_scales(prober)
     parameters = tuple(name for name, _ in model.named_parameters())
-    return freeze(draft, traces, parameters, _notes(traces))
+    axes = freeze(draft, traces, parameters, _notes(traces))
+    # The fused kernel of an encoder layer reads the weights of its parts and calls none of them.
+    kind = nn.TransformerEncoderLayer
+    fused = tuple(path for path, m in model.named_modules() if isinstance(m, kind))
+    return replace(axes, fused=fused, stacks=find_stacks(model))
 
 
 def _notes(traces: tuple[Trace, ...]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Read :mod:`neuroexapt.edit.base` (the contract), :mod:`neuroexapt.edit.patch` (w
 decides) and one edit, :mod:`neuroexapt.edit.narrow`. Nothing in this room writes on a model.
 """
 
+from neuroexapt.edit.attend import InsertAttention
 from neuroexapt.edit.base import Edit
 from neuroexapt.edit.branches import BranchSpec, Gate, Spec, build
 from neuroexapt.edit.graft import (
@@ -40,6 +41,7 @@ __all__ = [
     "DimEdit",
     "Edit",
     "Gate",
+    "InsertAttention",
     "InsertConv",
     "InsertResidual",
     "Insertion",

@@ -42,12 +42,11 @@ class BranchSpec(Spec):
     """A branch that is added to a tensor and outputs zeros at first.
 
     Attributes:
-        kind: ``"projection"``, ``"identity"`` or ``"conv"``.
+        kind: ``"projection"`` or ``"identity"``.
         source: channels (or features) that enter.
         target: channels (or features) that leave.
         spatial: number of spatial dimensions; 0 when features come last.
         stride: per spatial dimension.
-        kernel: odd kernel size of a ``"conv"`` branch.
     """
 
     kind: str
@@ -55,7 +54,6 @@ class BranchSpec(Spec):
     target: int
     spatial: int
     stride: tuple[int, ...] = ()
-    kernel: int = 1
 
     def make(self, model: nn.Module) -> nn.Module:
         """Output shape: that of the branch's target."""
@@ -82,7 +80,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) or (..., C) to the same shape."""
-        return x * self.scale.view(-1, *([1] * self.spatial))
+        # In a region of lower precision the stream keeps its dtype.
+        return x * self.scale.to(x.dtype).view(-1, *([1] * self.spatial))
 
     def extra_repr(self) -> str:
         return f"{self.scale.numel()}, spatial={self.spatial}"
@@ -102,15 +101,4 @@ def _identity(spec: BranchSpec) -> nn.Module:
     return Gate(spec.target, spec.spatial)
 
 
-def _conv(spec: BranchSpec) -> nn.Module:
-    """Convolution, batch norm, ReLU, and a gate: the gate alone is zero, so that once it has
-    moved every layer of the branch learns."""
-    conv = _CONV[spec.spatial](
-        spec.source, spec.target, spec.kernel, padding=spec.kernel // 2, bias=False
-    )
-    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    norm = _NORM[spec.spatial](spec.target)
-    return nn.Sequential(conv, norm, nn.ReLU(), Gate(spec.target, spec.spatial))
-
-
-_BUILDERS = {"projection": _projection, "identity": _identity, "conv": _conv}
+_BUILDERS = {"projection": _projection, "identity": _identity}

@@ -63,15 +63,24 @@ def door_of(axes: AxisMap, path: str, end: str) -> Door:
             next_step="choose a module with a single input and output",
         )
     dims = tensors[0]
-    return Door(tuple(size_of(expr, {}) for expr in dims), _channel_dim(axes, path, dims))
+    return Door(tuple(size_of(expr, {}) for expr in dims), channel_dim(axes, path, dims))
 
 
-def _channel_dim(axes: AxisMap, path: str, dims: Sequence[Expr]) -> int:
-    """The first dimension behind the batch that a layer makes, else one that a layer reads."""
-    for role in ("producer", "consumer"):
-        for dim, expr in enumerate(dims):
-            if dim and any(role in _roles(axes, leaf.name) for leaf in leaves(expr)):
-                return dim
+def channel_dim(axes: AxisMap, path: str, dims: Sequence[Expr]) -> int:
+    """The dimension behind the batch that holds channels or features.
+
+    The first one that a layer makes and that can change, else one that a layer makes, else one
+    that a layer reads.
+
+    Raises:
+        EditError: there is none.
+    """
+    made = [dim for dim, expr in enumerate(dims) if dim and "producer" in _roles(axes, expr)]
+    free = [dim for dim in made if any(leaf.name in axes.widths for leaf in leaves(dims[dim]))]
+    read = [dim for dim, expr in enumerate(dims) if dim and "consumer" in _roles(axes, expr)]
+    for found in (free, made, read):
+        if found:
+            return found[0]
     raise EditError(
         path or ROOT,
         seen=f"shape {tuple(size_of(expr, {}) for expr in dims)}, no dimension made by a layer",
@@ -80,11 +89,9 @@ def _channel_dim(axes: AxisMap, path: str, dims: Sequence[Expr]) -> int:
     )
 
 
-def _roles(axes: AxisMap, name: str) -> set[str]:
-    entry = axes.widths.get(name) or axes.pinned.get(name)
-    if entry is None:
-        return set()
-    return {role for place in entry.appearances for role in place.roles}
+def _roles(axes: AxisMap, expr: Expr) -> set[str]:
+    entries = [axes.widths.get(leaf.name) or axes.pinned.get(leaf.name) for leaf in leaves(expr)]
+    return {role for e in entries if e for place in e.appearances for role in place.roles}
 
 
 def neighbour(axes: AxisMap, path: str) -> str | None:

@@ -130,7 +130,8 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _with(out: Any, name: str, child: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
     """The module's output once a child has taken part."""
     if isinstance(out, tuple):
-        return (_with(out[0], name, child, args, kwargs), *out[1:])
+        items = _with(out[0], name, child, args, kwargs), *out[1:]
+        return out._make(items) if hasattr(out, "_make") else items  # a named tuple stays one
     if name.startswith(SKIP):
         return out + child(_first(args, kwargs))
     if name.startswith(AFTER):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from neuroexapt.couple import AxisMap, Expr, Leaf, Mixer, Product, Side, Sum, Width, size_of
@@ -98,12 +99,14 @@ class Insertion:
         child: the reserved prefix that says where it takes part.
         spec: what is added.
         neighbour: name of the parameter whose optimizer group, device and dtype it takes.
+        dtype: the dtype it takes instead.
     """
 
     module: str
     child: str
     spec: Spec
     neighbour: str | None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

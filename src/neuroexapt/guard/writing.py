@@ -177,7 +177,7 @@ def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: I
     before = {id(p) for p in model.parameters()}
     branch = build(insertion.spec, model)
     if near is not None:
-        branch = branch.to(device=near.device, dtype=near.dtype)
+        branch = branch.to(device=near.device, dtype=insertion.dtype or near.dtype)
     branch.train(module.training)
     child = free_name(module, insertion.child)
     add_child(ledger, module, child, branch)

@@ -1,0 +1,158 @@
+"""Layers that stand in a list and hold the number of their place: ``layer_idx`` and the like.
+
+Such a number is most often the place of the layer's keys and values in a cache, so a further layer
+needs one that is free, and a config that says how many there are must say one more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from neuroexapt.capture.attributes import Attribute
+
+# Names of whole numbers that count something else than layers.
+_GEOMETRY = re.compile(
+    r"dilation|stride|pad|kernel|group|dim|size|width|channel|feature|head|hidden|rank|rate|step"
+)
+_LAYER_NAME = re.compile(r"(layer|block).*(id|idx|index|num|number)$|^(id|idx|index|layer)$")
+_TOTAL_NAME = re.compile(
+    r"(n|num|number)_?((of|hidden|encoder|decoder|transformer|attention|text)_)*(layers?|blocks)"
+    r"|(encoder|decoder)_(layers|blocks)|depth|n_?layers?"
+)
+_INSERTED = "nx_"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers in one container, and a number by which each of them knows its place.
+
+    Attributes:
+        container: path of the container.
+        name: name of the attribute that counts.
+        counters: every place of it, with its value; inserted copies of layers included.
+        totals: numbers in configs that say how many layers there are.
+        tables: lists in configs with an entry a layer, and what they hold.
+    """
+
+    container: str
+    name: str
+    counters: tuple[tuple[Attribute, int], ...]
+    totals: tuple[Attribute, ...] = ()
+    tables: tuple[tuple[Attribute, tuple[Any, ...]], ...] = ()
+
+    @property
+    def first(self) -> int:
+        """The number of the first layer: 0 or 1."""
+        return min(value for _, value in self.counters)
+
+    @property
+    def count(self) -> int:
+        """How many different numbers are in use, one more than the last if counted from zero."""
+        return max(value for _, value in self.counters) + 1 - self.first
+
+
+def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
+    """Every container of layers that are counted, outer ones first.
+
+    Example:
+        >>> class Layer(nn.Linear):
+        ...     def __init__(self, layer_idx):
+        ...         super().__init__(2, 2)
+        ...         self.layer_idx = layer_idx
+        >>> [stack.name for stack in find_stacks(nn.Sequential(Layer(0), Layer(1)))]
+        ['layer_idx']
+    """
+    configs = list(_configs(model))
+    return tuple(
+        stack
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+        for stack in _stacks_of(path, module, configs)
+    )
+
+
+def _stacks_of(
+    path: str, container: nn.Module, configs: list[tuple[Attribute, Any]]
+) -> Iterator[Stack]:
+    places: dict[str, list[tuple[int, Attribute, int]]] = {}
+    layers = [(n, m) for n, m in container._modules.items() if m and not n.startswith(_INSERTED)]
+    for position, (name, layer) in enumerate(layers):
+        for inner, module in layer.named_modules(prefix=f"{path}.{name}".lstrip(".")):
+            for attribute, value in _numbers(module):
+                at = Attribute(inner, attribute)
+                places.setdefault(attribute, []).append((position, at, value))
+    for name, found in places.items():
+        own = [place for place in found if not _inserted_behind(place[1].module)]
+        if _counts(name, own):
+            counters = tuple((at, value) for _, at, value in found)
+            yield _with_configs(Stack(path, name, counters), configs)
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    if type(module).__module__.startswith("torch.nn."):
+        return  # none of torch's own layers knows its place
+    for name, value in vars(module).items():
+        if type(value) is int and not _GEOMETRY.search(name):
+            yield name, value
+
+
+def _inserted_behind(path: str) -> bool:
+    return any(part.startswith(_INSERTED) for part in path.split("."))
+
+
+def _counts(name: str, places: list[tuple[int, Attribute, int]]) -> bool:
+    """Whether an attribute is in step with the position of its layer; alone, by its name."""
+    starts = {value - position for position, _, value in places}
+    if len(starts) != 1 or not starts <= {0, 1}:
+        return False
+    alone = len({position for position, _, _ in places}) == 1
+    return not alone or bool(_LAYER_NAME.search(name))
+
+
+def _configs(model: nn.Module) -> Iterator[tuple[Attribute, Any]]:
+    """Every config that a module holds, each once, by the outermost module that does."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        config = vars(module).get("config")
+        plain = hasattr(config, "__dict__") and not isinstance(config, (type, nn.Module))
+        if plain and callable(getattr(config, "to_dict", None)) and id(config) not in seen:
+            seen.add(id(config))
+            yield Attribute(path, "config"), config
+
+
+def _with_configs(stack: Stack, configs: list[tuple[Attribute, Any]]) -> Stack:
+    totals: list[Attribute] = []
+    tables: list[tuple[Attribute, tuple[Any, ...]]] = []
+    for at, config in configs:
+        if not _concerns(at.module, stack.container):
+            continue
+        said = vars(config)
+        for name in _totals(said, stack):
+            totals.append(Attribute(at.module, f"{at.name}.{name}"))
+        for name, value in said.items():
+            if type(value) in (list, tuple) and len(value) == stack.count and "layer" in name:
+                tables.append((Attribute(at.module, f"{at.name}.{name}"), tuple(value)))
+    return Stack(stack.container, stack.name, stack.counters, tuple(totals), tuple(tables))
+
+
+def _concerns(holder: str, container: str) -> bool:
+    inside, outside = f"{holder}.".lstrip("."), f"{container}.".lstrip(".")
+    return outside.startswith(inside) or inside.startswith(outside)
+
+
+def _totals(said: Mapping[str, Any], stack: Stack) -> list[str]:
+    """Names of numbers in a config that count these layers."""
+    found = [
+        name
+        for name, value in said.items()
+        if type(value) is int and value == stack.count and _TOTAL_NAME.fullmatch(name)
+    ]
+    side = "decoder" if "decoder" in stack.container else "encoder"
+    other = "encoder" if side == "decoder" else "decoder"
+    own = [name for name in found if side in name]
+    return own or [name for name in found if other not in name]
