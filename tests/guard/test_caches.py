@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt import Widen, apply, transaction
-from tests.laws.world import changes, snapshot
+from neuroexapt.testing import changes, snapshot
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

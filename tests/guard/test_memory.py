@@ -13,8 +13,9 @@ from neuroexapt.capture.run import named_tensors
 from neuroexapt.edit import Edit
 from neuroexapt.errors import GuardError, NeuroExaptError
 from neuroexapt.guard.memory import activation_bytes, available, forecast, resident
+from neuroexapt.testing import changes, snapshot
 from tests import zoo
-from tests.laws.world import NAMES, changes, mapped, snapshot, train
+from tests.laws.world import NAMES, mapped, train
 
 EDITS: list[Edit] = [Widen("*", by=0.5), Narrow("*", by=0.25)]
 
