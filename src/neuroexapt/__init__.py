@@ -5,13 +5,21 @@ change yourself with :func:`apply`. ``docs/architecture.md`` shows the rooms.
 """
 
 from neuroexapt.couple import AxisMap, map_axes
-from neuroexapt.edit import InsertAttention, InsertConv, InsertResidual, Narrow, Widen
+from neuroexapt.edit import (
+    AddRegularization,
+    InsertAttention,
+    InsertConv,
+    InsertResidual,
+    Narrow,
+    Widen,
+)
 from neuroexapt.errors import NeuroExaptError
 from neuroexapt.guard import apply, transaction
 from neuroexapt.plan import Budget, Settings
 from neuroexapt.train import Evolver
 
 __all__ = [
+    "AddRegularization",
     "AxisMap",
     "Budget",
     "Evolver",

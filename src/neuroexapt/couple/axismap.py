@@ -154,6 +154,8 @@ class AxisMap:
         offsets: numbers that the forward adds to a parameter before use (a norm's ``1 + weight``).
         fused: modules that torch may run in evaluation mode without calling their parts.
         stacks: layers that are counted by a number in them, such as ``layer_idx``.
+        kinds: for each module path the name of its class or nearest base in ``torch.nn`` or this
+            library (``"Dropout"``; ``"Module"`` for a class of the user's own).
 
     Example:
         >>> import torch
@@ -177,6 +179,7 @@ class AxisMap:
     offsets: Mapping[str, float] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
     stacks: tuple[Stack, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, at: str) -> tuple[Width, ...]:
         """The widths a place means: a width's name, a module path, or a glob over both.

@@ -77,7 +77,20 @@ def map_axes(
     # The fused kernel of an encoder layer reads the weights of its parts and calls none of them.
     kind = nn.TransformerEncoderLayer
     fused = tuple(path for path, m in model.named_modules() if isinstance(m, kind))
-    return replace(axes, fused=fused, stacks=find_stacks(model))
+    return replace(axes, fused=fused, stacks=find_stacks(model), kinds=_kinds(model))
+
+
+def _kinds(model: nn.Module) -> dict[str, str]:
+    """Per module path the class, or the nearest base of it, that torch or this library wrote."""
+    known = ("torch.nn.", "neuroexapt.")
+    return {
+        path: next(
+            kind.__name__
+            for kind in type(module).__mro__
+            if kind.__module__.startswith(known) and "_nx_original" not in vars(kind)
+        )
+        for path, module in model.named_modules(remove_duplicate=False)
+    }
 
 
 def _notes(traces: tuple[Trace, ...]) -> tuple[str, ...]:

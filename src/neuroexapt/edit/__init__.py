@@ -19,6 +19,7 @@ from neuroexapt.edit.insert import InsertConv
 from neuroexapt.edit.narrow import Narrow, group_norm
 from neuroexapt.edit.patch import (
     AttributeEdit,
+    Decay,
     DimEdit,
     Insertion,
     Masking,
@@ -30,14 +31,17 @@ from neuroexapt.edit.patch import (
     WidthStep,
 )
 from neuroexapt.edit.registry import kind_named, register, registered
+from neuroexapt.edit.regularize import AddRegularization, StochasticDepth
 from neuroexapt.edit.residual import InsertResidual
 from neuroexapt.edit.resize import folded, resized, unit_sums
 from neuroexapt.edit.widen import Widen
 
 __all__ = [
     "MASK",
+    "AddRegularization",
     "AttributeEdit",
     "BranchSpec",
+    "Decay",
     "DimEdit",
     "Edit",
     "Gate",
@@ -53,6 +57,7 @@ __all__ = [
     "Rewrite",
     "Scaling",
     "Spec",
+    "StochasticDepth",
     "Widen",
     "WidthStep",
     "build",
@@ -70,5 +75,5 @@ __all__ = [
     "unit_sums",
 ]
 
-for _kind in (InsertConv, InsertResidual, Narrow, Widen):
+for _kind in (AddRegularization, InsertConv, InsertResidual, Narrow, Widen):
     register(_kind)

@@ -147,6 +147,14 @@ class Masking:
 
 
 @dataclass(frozen=True)
+class Decay:
+    """Parameters that shrink by ``lr * strength`` at each step of their optimizer; 0 ends it."""
+
+    tensors: tuple[str, ...]
+    strength: float
+
+
+@dataclass(frozen=True)
 class Patch:
     """All that an edit changes, decided before anything is written.
 
@@ -164,6 +172,7 @@ class Patch:
         insertions: new modules.
         maskings: parameters that get, change or lose a mask.
         rewrites: new values.
+        decays: weight decay beside the optimizer's own.
     """
 
     edit: Edit
@@ -176,6 +185,7 @@ class Patch:
     insertions: tuple[Insertion, ...] = ()
     maskings: tuple[Masking, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
+    decays: tuple[Decay, ...] = ()
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neuroexapt.edit import WidthStep, resized
 from neuroexapt.errors import GuardError
+from neuroexapt.guard.decay import forget_decay
 from neuroexapt.guard.ledger import Ledger
 
 # Running second moments and the like. A new entry starts at its siblings' mean: zero beside an old
@@ -180,6 +181,8 @@ def abandon(ledger: Ledger, optimizer: torch.optim.Optimizer, gone: Iterable[Ten
 
     A group stays even when it is empty: learning-rate schedulers count groups.
     """
+    gone = list(gone)
+    forget_decay(ledger, optimizer, gone)
     lost = {id(parameter) for parameter in gone}
     for group in optimizer.param_groups:
         keep = [at for at, p in enumerate(group["params"]) if id(p) not in lost]

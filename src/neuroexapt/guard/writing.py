@@ -29,6 +29,7 @@ from neuroexapt.edit import (
 )
 from neuroexapt.errors import GuardError
 from neuroexapt.guard.caches import drop_caches
+from neuroexapt.guard.decay import set_decay
 from neuroexapt.guard.hooked import drop_graphs
 from neuroexapt.guard.ledger import (
     Ledger,
@@ -65,6 +66,8 @@ def write(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) 
         _mask(ledger, model, optimizer, masking)
     for rewrite in patch.rewrites:
         _rewrite(ledger, model, rewrite)
+    for decay in patch.decays:
+        set_decay(ledger, model, optimizer, decay)
 
 
 def _resize(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) -> None:
