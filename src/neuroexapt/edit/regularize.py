@@ -39,6 +39,7 @@ class StochasticDepth(nn.Module):
         dim: the dimension that counts samples.
 
     Example:
+        >>> import torch
         >>> branch = StochasticDepth(0.5).train()
         >>> sorted(set(branch(torch.ones(200, 3)).sum(1).tolist()))
         [0.0, 6.0]
@@ -109,7 +110,8 @@ class AddRegularization(Edit):
         GuardError: weight decay without the optimizer that trains the weights.
 
     Example:
-        >>> from neuroexapt import apply
+        >>> import torch
+        >>> from neuroexapt import AddRegularization, apply
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
         >>> x = torch.randn(4, 3, 8, 8)
         >>> done = apply(net, AddRegularization("1", "dropout", 0.2), (x,))
