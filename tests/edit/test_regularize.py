@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from neuroexapt import AddRegularization, AxisMap, Narrow, Widen, apply, transaction
 from neuroexapt.edit import StochasticDepth
 from neuroexapt.errors import EditError, GuardError, UnknownPlaceError
-from neuroexapt.guard.verify import _WithoutChance
+from neuroexapt.guard.verify import WithoutChance
 from tests import zoo
 from tests.laws.world import NAMES, changes, mapped, outputs, snapshot, train
 
@@ -367,7 +367,7 @@ def test_the_model_stays_a_model(kind: str) -> None:
 def test_verification_takes_the_mean_of_either_way_to_drop(operator: str) -> None:
     """Processors draw a mask, accelerators have an operator of their own."""
     x = torch.rand(3, 4)
-    with torch.no_grad(), _WithoutChance():  # type: ignore[no-untyped-call]
+    with torch.no_grad(), WithoutChance():  # type: ignore[no-untyped-call]
         if operator == "native_dropout":
             result = torch.native_dropout(x, 0.4, True)[0]
         else:
