@@ -15,8 +15,9 @@ from neuroexapt import AddRegularization, AxisMap, Narrow, Widen, apply, transac
 from neuroexapt.edit import StochasticDepth
 from neuroexapt.errors import EditError, GuardError, UnknownPlaceError
 from neuroexapt.guard.verify import WithoutChance
+from neuroexapt.testing.snapshot import changes, snapshot
 from tests import zoo
-from tests.laws.world import NAMES, changes, mapped, outputs, snapshot, train
+from tests.laws.world import NAMES, mapped, outputs, train
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
