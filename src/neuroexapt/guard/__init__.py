@@ -2,9 +2,21 @@
 
 Read :mod:`neuroexapt.guard.ledger` (each write with its way back), then
 :mod:`neuroexapt.guard.transaction`; :mod:`neuroexapt.guard.trial` spans training steps.
+:mod:`neuroexapt.guard.memory` says beforehand what an edit needs, :mod:`neuroexapt.guard.leaks`
+afterwards what still holds the old memory.
 """
 
+from neuroexapt.guard.leaks import Leak, LeakWatch
 from neuroexapt.guard.transaction import Applied, Transaction, apply, inner_module, transaction
 from neuroexapt.guard.trial import Trial
 
-__all__ = ["Applied", "Transaction", "Trial", "apply", "inner_module", "transaction"]
+__all__ = [
+    "Applied",
+    "Leak",
+    "LeakWatch",
+    "Transaction",
+    "Trial",
+    "apply",
+    "inner_module",
+    "transaction",
+]
