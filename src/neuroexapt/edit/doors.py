@@ -28,16 +28,6 @@ class Door:
         return self.sizes[self.channel + 1 :]
 
 
-def doors(axes: AxisMap, path: str) -> tuple[Door, Door]:
-    """Input and output of a module.
-
-    Raises:
-        UnknownPlaceError: no such module; near names are suggested.
-        EditError: several tensors enter or leave, or no dimension holds channels.
-    """
-    return door_of(axes, path, "input"), door_of(axes, path, "output")
-
-
 def door_of(axes: AxisMap, path: str, end: str) -> Door:
     """The tensor that enters or leaves a module.
 
