@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from neuroexapt import InsertResidual, Narrow, Widen, apply, map_axes, transaction
 from neuroexapt.edit.hold import Hold
 from neuroexapt.errors import EditError, UnknownPlaceError
-from tests import zoo
 from neuroexapt.testing import changes, snapshot
+from tests import zoo
 from tests.laws.world import NAMES, difference, mapped, outputs, train
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

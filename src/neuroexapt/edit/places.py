@@ -79,7 +79,7 @@ def output_of(axes: AxisMap, path: str) -> Output:
             is called on tensors of different kinds.
     """
     runs = runs_of(axes, path)
-    _check_called(axes, path)
+    check_called(axes, path)
     for run in runs:
         if run.gives not in ("tensor", "tuple"):
             raise EditError(
@@ -104,7 +104,12 @@ def output_of(axes: AxisMap, path: str) -> Output:
     return Output(sizes, channel, dims, _dtype(axes, refs[0]))
 
 
-def _check_called(axes: AxisMap, path: str) -> None:
+def check_called(axes: AxisMap, path: str) -> None:
+    """Refuse a module that may not be called at all, so that what stands at it would not run.
+
+    Raises:
+        EditError: it is part of a layer that torch may run as one kernel.
+    """
     for fused in axes.fused:
         if path.startswith(f"{fused}."):
             raise EditError(

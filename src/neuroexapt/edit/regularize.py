@@ -17,6 +17,7 @@ from neuroexapt.edit.branches import Spec
 from neuroexapt.edit.doors import ROOT, door_of
 from neuroexapt.edit.graft import THEN
 from neuroexapt.edit.patch import AttributeEdit, Decay, Insertion, Patch, Removal
+from neuroexapt.edit.places import runs_of
 from neuroexapt.edit.stream import branches_near, is_map, joins_stream, sample_dim
 from neuroexapt.errors import EditError
 
@@ -27,8 +28,6 @@ _DROPPING = {kind.__name__ for kind in _DROPOUTS.values()} | {
 }
 _DEPTH = "StochasticDepth"
 _KINDS = ("dropout", "stochastic_depth", "weight_decay")
-# Modules of torch's that return the tensor they are called for, and others behind it.
-_FIRST_OF_MANY = {"LSTM", "GRU", "RNN", "MultiheadAttention"}
 
 
 class StochasticDepth(nn.Module):
@@ -264,17 +263,15 @@ class AddRegularization(Edit):
 
     def _outputs(self, axes: AxisMap) -> tuple[TensorRef, ...]:
         """The tensors that leave the place; the first one is dropped from."""
-        if self.at not in axes.modules:
-            door_of(axes, self.at, "output")  # raises, with near names
-        refs = next(r.outputs for r in axes.traces[0].runs if r.path == self.at)
-        good = len(refs) == 1 or (refs and axes.kinds.get(self.at) in _FIRST_OF_MANY)
-        if good and refs[0].dtype.is_floating_point:
+        run = runs_of(axes, self.at)[0]
+        refs = run.outputs
+        if run.gives in ("tensor", "tuple") and refs[0].dtype.is_floating_point:
             return refs
-        dtype = f" of {refs[0].dtype}" if refs else ""
+        kind = f"an output of type {run.gives}"
         raise EditError(
             self.at or ROOT,
-            seen=f"{len(refs)} tensors as output{dtype}",
-            needed="one floating-point tensor as output",
+            seen=f"an output of {refs[0].dtype}" if run.gives in ("tensor", "tuple") else kind,
+            needed="a floating-point tensor, or a tuple that begins with one",
             next_step="choose a module inside or beside it",
         )
 

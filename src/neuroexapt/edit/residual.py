@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from neuroexapt.couple import AxisMap
+from neuroexapt.couple import AxisMap, size_of
 from neuroexapt.edit.base import Edit
 from neuroexapt.edit.branches import BranchSpec
-from neuroexapt.edit.doors import ROOT, Door, door_of, neighbour
+from neuroexapt.edit.doors import ROOT, Door, channel_dim, door_of, neighbour
 from neuroexapt.edit.graft import HOLD, JOIN, SKIP
 from neuroexapt.edit.hold import HoldSpec, JoinSpec
 from neuroexapt.edit.patch import Insertion, Patch
+from neuroexapt.edit.places import check_called, output_of, runs_of
 from neuroexapt.errors import EditError
 
 
@@ -88,8 +89,7 @@ class InsertResidual(Edit):
         return Patch(self, "exact", text, insertions=ends)
 
     def _spec(self, axes: AxisMap) -> BranchSpec:
-        source = door_of(axes, self.span, "input")
-        target = door_of(axes, self._end, "output")
+        source, target = _entry(axes, self.span), _exit(axes, self._end)
         if self._end != self.span:
             _check_order(axes, self.span, self._end)
         if source == target:
@@ -124,6 +124,21 @@ class InsertResidual(Edit):
             needed="an output that a strided 1x1 projection of the input can reach",
             next_step="choose a span whose spatial sizes divide, one without flatten or reshape",
         )
+
+
+def _entry(axes: AxisMap, path: str) -> Door:
+    """What enters a module: its first positional input, whatever else it takes."""
+    runs = runs_of(axes, path)
+    check_called(axes, path)
+    if any(run.takes != "tensor" for run in runs):
+        return door_of(axes, path, "input")
+    dims = axes.modules[path].inputs[0]
+    return Door(tuple(size_of(expr, {}) for expr in dims), channel_dim(axes, path, dims))
+
+
+def _exit(axes: AxisMap, path: str) -> Door:
+    output = output_of(axes, path)
+    return Door(output.sizes, output.channel)
 
 
 def _check_order(axes: AxisMap, first: str, last: str) -> None:

@@ -74,15 +74,14 @@ class Flow:
                 found.update(call.outputs)
         return found
 
-    def readers_behind(self, ref: TensorRef, path: str) -> list[int]:
-        """The calls outside of a module that read its output, as long as it holds this value."""
+    def readers_from(self, ref: TensorRef, start: int) -> list[int]:
+        """The calls from a moment on that read a tensor, as long as it holds this value."""
         found = []
         for number in self.readers.get(ref, []):
-            call = self.trace.calls[number]
-            if call.module != path and not call.module.startswith(f"{path}."):
+            if number >= start:
                 found.append(number)
-                if ref in call.outputs:  # changed in place: who reads on reads something else
-                    break
+                if ref in self.trace.calls[number].outputs:
+                    break  # changed in place: who reads on reads something else
         return found
 
     def sources(self, ref: TensorRef, before: int, *, linear: bool = False) -> set[TensorRef]:
@@ -102,35 +101,30 @@ class Flow:
         return {tensor for tensor, _ in found if tensor.dtype.is_floating_point}
 
 
-def runs_of(trace: Trace, path: str) -> list[ModuleRun]:
-    """Every run of a module, in order."""
-    return [run for run in trace.runs if run.path == path]
-
-
 def joins_stream(axes: AxisMap, path: str) -> str:
     """Why a module's output is not the branch of a residual connection; empty if it is.
 
     It is, if at every run it goes nowhere but into a sum whose other side is the stream: a tensor
     that the branch was computed from, or a linear shortcut of one.
     """
-    for trace in axes.traces[:1]:
-        flow = Flow(trace)
-        for run in runs_of(trace, path):
-            if len(run.outputs) != 1:
-                return f"{len(run.outputs)} tensors as output"
-            problem = _branch_problem(flow, path, run.outputs[0])
-            if problem:
-                return problem
+    flow = Flow(axes.traces[0])
+    for run in flow.trace.runs:
+        problem = _branch_problem(flow, run) if run.path == path else ""
+        if problem:
+            return problem
     return ""
 
 
-def _branch_problem(flow: Flow, path: str, ref: TensorRef) -> str:
+def _branch_problem(flow: Flow, run: ModuleRun) -> str:
     """Follow the output through scales to the sum."""
-    start = ref
+    if run.gives not in ("tensor", "tuple"):
+        return f"an output of type {run.gives}"
+    start = ref = run.outputs[0]
+    moment = run.stop
     while True:
         if ref in flow.trace.outputs:
             return "an output of the model"
-        readers = flow.readers_behind(ref, path)
+        readers = flow.readers_from(ref, moment)
         if len(readers) != 1:
             return f"an output that {len(readers)} operators read"
         call = flow.trace.calls[readers[0]]
@@ -142,7 +136,7 @@ def _branch_problem(flow: Flow, path: str, ref: TensorRef) -> str:
             return f"an output that {call.op} reads ({call.place})"
         if call.outputs[0] == ref:
             return f"an output that {call.op} changes in place ({call.place})"
-        ref = call.outputs[0]
+        ref, moment = call.outputs[0], readers[0]
 
 
 def _sum_problem(flow: Flow, start: TensorRef, ref: TensorRef, call: Call, number: int) -> str:
@@ -188,9 +182,8 @@ def is_map(axes: AxisMap, path: str) -> bool:
     """
     trace = axes.traces[0]
     flow = Flow(trace)
-    runs = runs_of(trace, path)
-    ref = runs[0].outputs[0] if runs and runs[0].outputs else None
-    limit = len(trace.calls)
+    run = next(run for run in trace.runs if run.path == path)
+    ref, limit = next(iter(run.outputs), None), run.stop
     while ref is not None:
         number = max((n for n in flow.makers.get(ref, []) if n < limit), default=None)
         if number is None:
