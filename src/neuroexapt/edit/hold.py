@@ -118,6 +118,7 @@ class JoinSpec(Spec):
         """A module without inputs."""
         children = model.get_submodule(self.first)._modules
         holds = [child for name, child in children.items() if name.startswith(HOLD)]
-        hold = holds[-1]
+        # It may be made for its size alone, before the beginning is there.
+        hold = holds[-1] if holds else Hold()
         assert isinstance(hold, Hold)
         return Join(hold, self.branch.make(model))
