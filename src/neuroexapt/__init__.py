@@ -11,6 +11,7 @@ from neuroexapt.edit import (
     InsertConv,
     InsertResidual,
     Narrow,
+    RemoveLayer,
     Widen,
 )
 from neuroexapt.errors import NeuroExaptError
@@ -28,6 +29,7 @@ __all__ = [
     "InsertResidual",
     "Narrow",
     "NeuroExaptError",
+    "RemoveLayer",
     "Settings",
     "Widen",
     "apply",

@@ -31,7 +31,7 @@ from neuroexapt.capture.attributes import Attribute, attributes_set
 from neuroexapt.capture.numbers import Number, Watch, attributes_tracked
 from neuroexapt.capture.restore import restored
 from neuroexapt.capture.source import user_line
-from neuroexapt.capture.trace import Call, ModuleRun, TensorRef, Trace, form_of
+from neuroexapt.capture.trace import Call, ModuleRun, TensorRef, Trace, form_of, nested
 from neuroexapt.capture.whole import Whole
 from neuroexapt.errors import CaptureError
 
@@ -191,8 +191,9 @@ def _follow_modules(model: nn.Module, tape: _Tape) -> Iterator[None]:
         if id(module) in paths:
             takes = form_of(args[0]) if args else "nothing"
             inputs, outputs = tape.refs((args, kwargs)), tape.refs(output)
-            span = start, len(tape.calls)
-            tape.runs.append(ModuleRun(path, inputs, outputs, takes, form_of(output), *span))
+            forms = takes, form_of(output), start, len(tape.calls)
+            held = (nested(v, tape.ref) for v in (args, kwargs[0] if kwargs else {}, output))
+            tape.runs.append(ModuleRun(path, inputs, outputs, *forms, *held))
 
     handles = [
         register_module_forward_pre_hook(enter),

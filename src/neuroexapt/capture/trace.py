@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import linecache
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -118,12 +118,20 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Opaque:
+    """What a module was given or returned that is no tensor, container or plain value."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
 class ModuleRun:
     """One call of a module: the tensors that went in and the tensors that came out.
 
     ``takes`` and ``gives`` say what the first positional input and the output are: a
     ``"tensor"``, a ``"tuple"`` that begins with one, ``"nothing"``, or the class of what it is.
     The operator calls from ``start`` to ``stop`` of the trace were made meanwhile.
+    ``args``, ``kwargs`` and ``result`` hold what was given and returned as it was nested.
     """
 
     path: str
@@ -133,6 +141,9 @@ class ModuleRun:
     gives: str = "tensor"
     start: int = 0
     stop: int = 0
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    result: Any = None
 
 
 @dataclass(frozen=True)
@@ -188,3 +199,24 @@ def refs_in(value: Any) -> Iterator[TensorRef]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from refs_in(item)
+
+
+def nested(value: Any, ref: Callable[[torch.Tensor], TensorRef]) -> Any:
+    """What a module was given or returned, with a ref in place of each tensor.
+
+    Example:
+        >>> a = TensorRef(0, (1,), torch.float32)
+        >>> nested((torch.zeros(1), {"mask": None, "cache": object()}), lambda tensor: a)[1]
+        {'mask': None, 'cache': Opaque(kind='object')}
+    """
+    if isinstance(value, torch.Tensor):
+        return ref(value)
+    if type(value) in (tuple, list):
+        return type(value)([nested(item, ref) for item in value])
+    if type(value) is dict:
+        return {key: nested(item, ref) for key, item in value.items()}
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # one that remembers its origin would keep the run alive
+    return (
+        value if isinstance(value, (type(None), bool, float, str)) else Opaque(type(value).__name__)
+    )

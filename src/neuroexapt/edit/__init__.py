@@ -32,6 +32,7 @@ from neuroexapt.edit.patch import (
 )
 from neuroexapt.edit.registry import kind_named, register, registered
 from neuroexapt.edit.regularize import AddRegularization, StochasticDepth
+from neuroexapt.edit.remove import RemoveLayer
 from neuroexapt.edit.residual import InsertResidual
 from neuroexapt.edit.resize import folded, resized, unit_sums
 from neuroexapt.edit.widen import Widen
@@ -54,6 +55,7 @@ __all__ = [
     "Patch",
     "Refold",
     "Removal",
+    "RemoveLayer",
     "Rewrite",
     "Scaling",
     "Spec",

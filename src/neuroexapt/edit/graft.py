@@ -86,6 +86,7 @@ def grafted_class(kind: type[nn.Module], masked: Iterable[str] = ()) -> type[nn.
         members: dict[str, Any] = {
             "_nx_original": kind,
             "forward": _forward_of(kind),
+            "extra_repr": _extra_repr_of(kind),
             "__reduce_ex__": _reduce,
             "__module__": kind.__module__,
             "__doc__": kind.__doc__,
@@ -121,6 +122,17 @@ def _forward_of(kind: type[nn.Module]) -> Any:
         return out
 
     return forward
+
+
+def _extra_repr_of(kind: type[nn.Module]) -> Any:
+    original = kind.extra_repr
+
+    @functools.wraps(original)
+    def extra_repr(self: nn.Module) -> str:
+        # What the layer would say of itself it reads off weights that a removed one has no more.
+        return "removed" if PASS in self._modules else original(self)
+
+    return extra_repr
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -108,10 +108,7 @@ def convert(
         )
     else:
         new = {key: _converted(key, value, change) for key, value in state.items()}
-    ledger.do(
-        lambda: _set_state(optimizer, parameter, new),
-        lambda: _set_state(optimizer, parameter, state),
-    )
+    _put_state(ledger, optimizer, {parameter: new})
 
 
 def _converted(key: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
@@ -128,13 +125,19 @@ def _migrated(
     return resized(value, steps, name, generator=torch.Generator(), fill=fill, power=power)
 
 
-def _set_state(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Any]
+def _put_state(
+    ledger: Ledger, optimizer: torch.optim.Optimizer, new: Mapping[Tensor, Mapping[str, Any]]
 ) -> None:
-    if state:
-        optimizer.state[parameter] = state
-    else:
-        optimizer.state.pop(parameter, None)
+    """Give some parameters another state, or none; the way back keeps the order too."""
+    held = optimizer.state
+    before = dict(held)
+    after = {p: state for p, state in {**before, **new}.items() if state or p not in new}
+    ledger.do(partial(_become_state, held, after), partial(_become_state, held, before))
+
+
+def _become_state(held: Any, contents: Mapping[Tensor, Any]) -> None:
+    held.clear()
+    held.update(contents)
 
 
 def adopt(
@@ -176,7 +179,7 @@ def _become(held: list[Any], contents: list[Any]) -> None:
     held[:] = contents
 
 
-def abandon(ledger: Ledger, optimizer: torch.optim.Optimizer, gone: Iterable[Tensor]) -> None:
+def abandon(ledger: Ledger, optimizer: torch.optim.Optimizer, gone: Sequence[Tensor]) -> None:
     """Take parameters that have left the model out of their groups, with their state.
 
     A group stays even when it is empty: learning-rate schedulers count groups.
@@ -189,10 +192,4 @@ def abandon(ledger: Ledger, optimizer: torch.optim.Optimizer, gone: Iterable[Ten
         for key in ("params", "param_names"):
             if key in group and len(keep) < len(group[key]):
                 _set_list(ledger, group[key], [group[key][at] for at in keep])
-    for parameter in gone:
-        state = optimizer.state.get(parameter)
-        if state is not None:
-            ledger.do(
-                partial(_set_state, optimizer, parameter, {}),
-                partial(_set_state, optimizer, parameter, state),
-            )
+    _put_state(ledger, optimizer, {p: {} for p in gone if p in optimizer.state})

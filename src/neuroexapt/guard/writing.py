@@ -41,6 +41,7 @@ from neuroexapt.guard.ledger import (
     set_class,
     swap,
 )
+from neuroexapt.guard.numbered import renumber
 from neuroexapt.guard.optimizer import abandon, adopt, convert, migrate
 from neuroexapt.guard.recurrent import recurrent_owners, release, renew
 
@@ -52,6 +53,7 @@ def write(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) 
 
     Raises:
         GuardError: a live graph or weak reference forbids it; the caller takes back the rest.
+        EditError: a removal that a cache could not follow; likewise.
     """
     _resize(ledger, model, optimizer, patch)
     for refold in patch.refolds:
@@ -152,6 +154,7 @@ def _remove(ledger: Ledger, model: nn.Module, optimizer: Optimizer, removal: Rem
         set_class(ledger, holder, fitting_class(holder))
     else:
         _check_own_forward(module, removal.module)
+        renumber(ledger, model, removal.module)
         passage = build(removal.passage, model).train(module.training)
         for held in (module._parameters, module._buffers, module._modules):
             for name in [n for n in held if not is_branch(n)]:

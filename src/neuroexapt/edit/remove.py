@@ -1,0 +1,190 @@
+"""RemoveLayer: a layer, a block or half of a block goes, and its input passes in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from neuroexapt.couple import AxisMap
+from neuroexapt.edit.base import Edit
+from neuroexapt.edit.doors import ROOT
+from neuroexapt.edit.graft import HOLD, PASS, is_branch
+from neuroexapt.edit.passage import Nothing, PassSpec, held, passage_of
+from neuroexapt.edit.patch import Patch, Removal
+from neuroexapt.errors import EditError
+
+
+@dataclass(frozen=True)
+class RemoveLayer(Edit):
+    """A layer goes; from now on its input passes in its place.
+
+    Promise: approximate; ``Applied.max_difference`` says how far the outputs moved. The module
+    object stays where it was, under its name and index, and lets its input through; its
+    parameters, buffers and children are gone, from the optimizer too. What was inserted beside
+    it stays.
+
+    - A layer that keeps its input's shape (an activation, a norm, dropout, a convolution, a
+      residual block, a transformer block) passes its input. Further outputs must be inputs, or
+      read by nobody.
+    - What is added to a stream that it is computed from (the attention or the MLP of a block)
+      gives zeros: the stream goes on without it.
+    - What an edit inserted (``"features.2.nx_after"``) is taken away again.
+
+    In models with a key-value cache another block takes over the index of a removed one where
+    the cache looks at it.
+
+    Args:
+        at: path of a module that runs in the forward.
+
+    Raises:
+        UnknownPlaceError, EditError: from :meth:`plan`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from neuroexapt import RemoveLayer, apply
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+        >>> done = apply(net, RemoveLayer("2"), args=(torch.randn(5, 3),))
+        >>> len(net), len(list(net.parameters())), done.max_difference > 0
+        (4, 2, True)
+
+    Gromov et al. 2024; Men et al. 2024 (ShortGPT).
+    """
+
+    at: str
+
+    @property
+    def place(self) -> str:
+        return self.at
+
+    def check(self, axes: AxisMap) -> list[EditError]:
+        """A module that runs, holds its tensors alone, and whose output something can replace."""
+        try:
+            self._removal(axes)
+        except EditError as error:
+            return [error]
+        return []
+
+    def plan(self, axes: AxisMap, tensors: Mapping[str, Tensor]) -> Patch:
+        """One removal."""
+        removal = self._removal(axes)
+        zeros = isinstance(removal.passage, PassSpec) and Nothing in _kinds(removal.passage.answer)
+        way = " (its branch adds nothing any more)" if zeros else ""
+        return Patch(self, "approximate", f"remove '{self.at}'{way}", removals=(removal,))
+
+    def _removal(self, axes: AxisMap) -> Removal:
+        _check_place(axes, self.at)
+        name = self.at.rpartition(".")[2]
+        if is_branch(name):
+            _check_inserted(axes, self.at, name)
+            return Removal(self.at, None)
+        try:
+            return _passing(axes, self.at)
+        except EditError as error:
+            around = _removable_parent(axes, self.at)
+            if around is None:
+                raise
+            raise EditError(
+                self.at,
+                seen=error.seen,
+                needed=error.needed,
+                next_step=f"remove '{around}', which holds it and can be removed",
+            ) from error
+
+
+def _passing(axes: AxisMap, path: str) -> Removal:
+    _check_held(axes, path)
+    return Removal(path, passage_of(axes, path))
+
+
+def _removable_parent(axes: AxisMap, path: str) -> str | None:
+    """The nearest module around that could be removed."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        if path in axes.modules:
+            try:
+                _passing(axes, path)
+            except EditError:
+                continue
+            return path
+    return None
+
+
+def _kinds(answer: object) -> set[type]:
+    if isinstance(answer, (tuple, list)):
+        return {kind for item in answer for kind in _kinds(item)}
+    return _kinds(list(answer.values())) if isinstance(answer, dict) else {type(answer)}
+
+
+def _check_place(axes: AxisMap, path: str) -> None:
+    if not path or not isinstance(path, str):
+        raise EditError(
+            ROOT,
+            seen=f"at={path!r}",
+            needed="the path of a part of it",
+            next_step="name the layer or block to remove",
+        )
+    if f"{path}.{PASS}" in axes.modules:
+        raise EditError(
+            path,
+            seen="a layer that is removed already",
+            needed="one that still does something",
+            next_step="choose another layer",
+        )
+    if path in axes.modules:
+        return
+    inside = [name for name in axes.modules if name.startswith(f"{path}.")]
+    if inside or held(axes, path):
+        raise EditError(
+            path,
+            seen="a module that is not called in the forward on this example input",
+            needed="one that is",
+            next_step=f"name one of its parts, such as '{inside[0]}'"
+            if inside
+            else "name the module that reads its tensors",
+        )
+    axes.find(path)  # raises with near names, unless it is a width
+    raise EditError(
+        path,
+        seen="a width",
+        needed="the path of a module",
+        next_step="name the module that makes it",
+    )
+
+
+def _check_inserted(axes: AxisMap, path: str, name: str) -> None:
+    if name.startswith((PASS, HOLD)):
+        raise EditError(
+            path,
+            seen="what stands in for a removed layer"
+            if name.startswith(PASS)
+            else "the beginning of a skip",
+            needed="a layer, or an inserted branch",
+            next_step="undo the removal instead"
+            if name.startswith(PASS)
+            else "remove the skip's end, the nx_join that belongs to it",
+        )
+
+
+def _check_held(axes: AxisMap, path: str) -> None:
+    """What goes must not be read, or called, from elsewhere."""
+    prefix = f"{path}."
+    for trace in axes.traces:
+        inside = [range(run.start, run.stop) for run in trace.runs if run.path == path]
+        own = {trace.tensors[name]: name for name in held(axes, path)}
+        for name, ref in trace.tensors.items():
+            if not name.startswith(prefix):
+                own.pop(ref, None)  # tied: it lives on under another name
+        for number, call in enumerate(trace.calls):
+            if any(number in calls for calls in inside):
+                continue
+            for ref in call.inputs:
+                if ref in own:
+                    raise EditError(
+                        path,
+                        seen=f"'{own[ref]}', which {call.place} reads outside of it",
+                        needed="parameters that only this module reads",
+                        next_step="remove the module that reads them",
+                    )
