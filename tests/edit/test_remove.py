@@ -219,7 +219,8 @@ def test_the_laws(name: str) -> None:
     assert {id(p) for p in held} == {id(p) for p in model.parameters()} == set(map(id, held))
     assert set(map(id, optimizer.state)) <= set(map(id, held))
     losses = world.train(model, args, optimizer, 5)
-    assert losses[-1] < losses[0]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert min(losses[1:]) < losses[0]
     expected = world.outputs(model, args)
     twin = copy.deepcopy(model)
     twin.load_state_dict(pickle.loads(pickle.dumps(model)).state_dict())
