@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neuroexapt import InsertConv, InsertResidual, RemoveLayer, apply, map_axes, transaction
 from neuroexapt.errors import EditError, UnknownPlaceError
+from neuroexapt.testing import changes, snapshot
 from tests import zoo
 from tests.laws import world
 
@@ -204,11 +205,11 @@ REMOVABLE = {
 def test_the_laws(name: str) -> None:
     """Rollback, identities, optimizer, training, state dict, copies, one graph."""
     model, optimizer, args = _trained(name)
-    before = world.snapshot(model, optimizer)
+    before = snapshot(model, optimizer)
     with transaction(model, optimizer) as tx:
         tx.apply(RemoveLayer(REMOVABLE[name]), args)
         tx.roll_back()
-    assert not world.changes(before, world.snapshot(model, optimizer))
+    assert not changes(before, snapshot(model, optimizer))
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     apply(model, RemoveLayer(REMOVABLE[name]), args, optimizer=optimizer)
     after = dict(model.named_parameters())
@@ -230,22 +231,25 @@ def test_the_laws(name: str) -> None:
     torch._dynamo.reset()
 
 
+NO_LAYER_KEEPS_ITS_SHAPE = ("hardcoded_flatten", "pixel_shuffle_net", "vae", "lstm", "graph_net")
+
+
 @pytest.mark.parametrize("name", world.NAMES)
 def test_every_module_of_the_zoo(name: str) -> None:
     """Each is removed and put back bit for bit, or refused before anything is written."""
     model, optimizer, args = _trained(name)
-    axes, start = world.mapped(name), world.snapshot(model, optimizer)
+    axes, start = world.mapped(name), snapshot(model, optimizer)
     problems = {path: RemoveLayer(path).check(axes) for path, _ in model.named_modules()}
     assert {type(found[0]) for found in problems.values() if found} == {EditError}
     removed = [path for path, found in problems.items() if not found]
     count = sum(p.numel() for p in model.parameters())
-    for path in removed[:: max(1, len(removed) // 4)]:
+    for path in removed[:: max(1, len(removed) // 2)]:
         own = sum(p.numel() for p in model.get_submodule(path).parameters())
         tx = transaction(model, optimizer)
         assert tx.apply(RemoveLayer(path), args, axes=axes).parameters_after == count - own
         tx.roll_back()
-    assert removed or name in ("hardcoded_flatten", "pixel_shuffle_net", "vae")
-    assert not world.changes(start, world.snapshot(model, optimizer))
+    assert bool(removed) is (name not in NO_LAYER_KEEPS_ITS_SHAPE)
+    assert not changes(start, snapshot(model, optimizer))
 
 
 def test_a_tied_parameter_lives_on() -> None:

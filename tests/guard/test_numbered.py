@@ -11,7 +11,7 @@ from torch import nn
 
 from neuroexapt import RemoveLayer, apply, transaction
 from neuroexapt.errors import EditError
-from tests.laws import world
+from neuroexapt.testing import changes, snapshot
 
 IDS = torch.randint(1, 40, (2, 7), generator=torch.Generator().manual_seed(0))
 COMMON = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -74,13 +74,13 @@ def test_an_empty_cache_is_what_renumbering_prevents(monkeypatch: pytest.MonkeyP
 def test_numbers_go_back_with_the_layer() -> None:
     """Rolling back gives every block its own number again."""
     decoder = model("Llama")
-    before = world.snapshot(decoder)
+    before = snapshot(decoder)
     with transaction(decoder) as tx:
         tx.apply(RemoveLayer("model.layers.0"), (IDS,), {"use_cache": False})
         numbers = [b.self_attn.layer_idx for b in decoder.model.layers[1:]]  # type: ignore[union-attr]
         assert numbers == [0, 2]
         tx.roll_back()
-    assert not world.changes(before, world.snapshot(decoder))
+    assert not changes(before, snapshot(decoder))
 
 
 def test_a_number_is_taken_over_by_a_layer_of_the_same_kind() -> None:

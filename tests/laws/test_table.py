@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 from torch import nn
 
-from neuroexapt import AxisMap, InsertConv, InsertResidual, Narrow, Widen
+from neuroexapt import AxisMap, InsertConv, InsertResidual, Narrow, RemoveLayer, Widen
 from neuroexapt.edit import Edit, registered
 from neuroexapt.testing import Row, check_cell
 from tests import zoo
@@ -38,6 +38,7 @@ OPERATIONS: dict[str, Choice] = {
     "Widen": lambda axes, model: [Widen(name, by=2) for name in widths(axes)],
     "Narrow": lambda axes, model: [Narrow(name, by=1) for name in widths(axes)],
     "InsertConv": lambda axes, model: [InsertConv(path) for path in paths(axes, model)],
+    "RemoveLayer": lambda axes, model: [RemoveLayer(path) for path in paths(axes, model)],
     "InsertResidual": lambda axes, model: [InsertResidual(path) for path in paths(axes, model)],
 }
 
@@ -45,6 +46,10 @@ NO_IMAGES = ("gpt", "mlp", "llama", "shared_module", "encoder_layer", "lstm", "g
 NO_IMAGES += ("encoder_decoder", "moe", "graph_net")
 REFUSED: dict[tuple[str, str], str] = {
     ("InsertConv", name): "with one to three spatial dimensions" for name in NO_IMAGES
+}
+REFUSED |= {
+    ("RemoveLayer", name): "an input in the shape of the output"
+    for name in ("hardcoded_flatten", "pixel_shuffle_net", "vae", "lstm", "graph_net")
 }
 
 

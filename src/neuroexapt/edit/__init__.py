@@ -77,5 +77,5 @@ __all__ = [
     "unit_sums",
 ]
 
-for _kind in (AddRegularization, InsertConv, InsertResidual, Narrow, Widen):
+for _kind in (AddRegularization, InsertConv, InsertResidual, Narrow, RemoveLayer, Widen):
     register(_kind)
