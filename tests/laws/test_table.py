@@ -49,7 +49,7 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 REFUSED |= {
     ("RemoveLayer", name): "an input in the shape of the output"
-    for name in ("hardcoded_flatten", "pixel_shuffle_net", "vae", "lstm", "graph_net")
+    for name in ("hardcoded_flatten", "pixel_shuffle_net", "lstm", "graph_net")
 }
 
 
