@@ -11,6 +11,7 @@ from neuroexapt.edit import (
     InsertConv,
     InsertResidual,
     Narrow,
+    PruneWeights,
     RemoveLayer,
     Widen,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "InsertResidual",
     "Narrow",
     "NeuroExaptError",
+    "PruneWeights",
     "RemoveLayer",
     "Settings",
     "Widen",

@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 from torch import nn
 
-from neuroexapt import AxisMap, InsertConv, InsertResidual, Narrow, RemoveLayer, Widen
+from neuroexapt import AxisMap, InsertConv, InsertResidual, Narrow, PruneWeights, RemoveLayer, Widen
 from neuroexapt.edit import Edit, registered
 from neuroexapt.testing import Row, check_cell
 from tests import zoo
@@ -37,6 +37,7 @@ def paths(axes: AxisMap, model: nn.Module) -> list[str]:
 OPERATIONS: dict[str, Choice] = {
     "Widen": lambda axes, model: [Widen(name, by=2) for name in widths(axes)],
     "Narrow": lambda axes, model: [Narrow(name, by=1) for name in widths(axes)],
+    "PruneWeights": lambda axes, model: [PruneWeights("*", share=0.5)],
     "InsertConv": lambda axes, model: [InsertConv(path) for path in paths(axes, model)],
     "RemoveLayer": lambda axes, model: [RemoveLayer(path) for path in paths(axes, model)],
     "InsertResidual": lambda axes, model: [InsertResidual(path) for path in paths(axes, model)],

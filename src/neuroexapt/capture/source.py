@@ -13,7 +13,8 @@ from neuroexapt.capture.trace import Source
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent.parent)
-_HERE = str(Path(__file__).parent)
+# These run inside of a forward: the recorder, and what edits put into a model.
+_INSIDE = tuple(str(Path(__file__).parent.parent / room) for room in ("capture", "edit"))
 
 
 def user_line() -> Source | None:
@@ -31,7 +32,7 @@ def user_line() -> Source | None:
 
 @functools.cache
 def _whose(file: str) -> str:
-    if file.startswith(_OURS) and not file.startswith(_HERE):
+    if file.startswith(_OURS) and not file.startswith(_INSIDE):
         return "caller"
     inner = file.startswith((_TORCH, _OURS, "<")) or file == contextlib.__file__
     return "between" if inner else "user"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from neuroexapt.capture import TensorRef, Trace
+from neuroexapt.capture.masks import is_mask
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis, find
 from neuroexapt.couple.axismap import (
@@ -169,7 +170,7 @@ def _appearances(draft: Draft) -> dict[Axis, list[Appearance]]:
             for atom in dict.fromkeys(algebra.atoms(axis)):
                 marks = told.get((known, dim, atom), [])
                 roles = frozenset(mark.role for mark in marks) or frozenset(["elementwise"])
-                fill = marks[0].fill if marks else "mean"
+                fill = marks[0].fill if marks else "one" if is_mask(name) else "mean"
                 reads = frozenset((label.name, label.dim) for m in marks for label in m.reads)
                 found.setdefault(atom, []).append(Appearance(name, dim, roles, fill, reads))
     return found
@@ -186,7 +187,7 @@ def _name(draft: Draft, appearances: Mapping[Axis, list[Appearance]]) -> _Names:
     }
     dots = {atom for mix in draft.mixes if mix.kind == "dot" for atom in algebra.atoms(mix.axis)}
     for atom, places in appearances.items():
-        first = min(places, key=lambda place: _RANK[place.role])
+        first = min(places, key=lambda place: (is_mask(place.tensor), _RANK[place.role]))
         owner = first.tensor.rpartition(".")[0]
         whole = find(draft.parameters[first.tensor][first.dim]) is atom
         if first.role != "producer":

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from neuroexapt.capture import Call, TensorRef, Trace
+from neuroexapt.capture.masks import is_mask
 from neuroexapt.couple import (
     axis as algebra,
 )
@@ -36,7 +37,7 @@ from neuroexapt.couple import (
 from neuroexapt.couple.axis import Axis
 from neuroexapt.couple.numbering import follow_numbers
 from neuroexapt.couple.silence import follow_silence
-from neuroexapt.couple.site import RULES, Bind, Dims, Draft, Label, Site, place_of
+from neuroexapt.couple.site import RULES, Bind, Dims, Draft, Label, Labels, Site, place_of
 
 # Importing a family registers its rules.
 FAMILIES = (
@@ -120,12 +121,16 @@ def _seed(trace: Trace, draft: Draft) -> None:
             draft.parameters[name] = dims
         if ref not in draft.dims:
             draft.dims[ref] = draft.parameters[name]
-            draft.labels[ref] = tuple(frozenset([Label(name, d)]) for d in range(len(ref.shape)))
+            draft.labels[ref] = () if is_mask(name) else _own_labels(name, len(ref.shape))
             draft.weights.add(ref)
     for ref in trace.inputs:
         draft.dims[ref] = tuple(
             Axis(size, pin="the model's input is a contract with its caller") for size in ref.shape
         )
+
+
+def _own_labels(name: str, dims: int) -> Labels:
+    return tuple(frozenset([Label(name, dim)]) for dim in range(dims))
 
 
 def couple(site: Site) -> None:

@@ -8,7 +8,6 @@ from neuroexapt.edit.attend import InsertAttention
 from neuroexapt.edit.base import Edit
 from neuroexapt.edit.branches import BranchSpec, Gate, Spec, build
 from neuroexapt.edit.graft import (
-    MASK,
     fitting_class,
     free_name,
     grafted_class,
@@ -30,15 +29,17 @@ from neuroexapt.edit.patch import (
     Scaling,
     WidthStep,
 )
+from neuroexapt.edit.prune import MakePermanent, PruneWeights
 from neuroexapt.edit.registry import kind_named, register, registered
+from neuroexapt.edit.regrow import RegrowWeights
 from neuroexapt.edit.regularize import AddRegularization, StochasticDepth
 from neuroexapt.edit.remove import RemoveLayer
 from neuroexapt.edit.residual import InsertResidual
 from neuroexapt.edit.resize import folded, resized, unit_sums
+from neuroexapt.edit.sparsity import drop_fraction, sparsity_at
 from neuroexapt.edit.widen import Widen
 
 __all__ = [
-    "MASK",
     "AddRegularization",
     "AttributeEdit",
     "BranchSpec",
@@ -50,10 +51,13 @@ __all__ = [
     "InsertConv",
     "InsertResidual",
     "Insertion",
+    "MakePermanent",
     "Masking",
     "Narrow",
     "Patch",
+    "PruneWeights",
     "Refold",
+    "RegrowWeights",
     "Removal",
     "RemoveLayer",
     "Rewrite",
@@ -63,6 +67,7 @@ __all__ = [
     "Widen",
     "WidthStep",
     "build",
+    "drop_fraction",
     "fitting_class",
     "folded",
     "free_name",
@@ -74,8 +79,17 @@ __all__ = [
     "register",
     "registered",
     "resized",
+    "sparsity_at",
     "unit_sums",
 ]
 
-for _kind in (AddRegularization, InsertConv, InsertResidual, Narrow, RemoveLayer, Widen):
+for _kind in (
+    AddRegularization,
+    InsertConv,
+    InsertResidual,
+    Narrow,
+    PruneWeights,
+    RemoveLayer,
+    Widen,
+):
     register(_kind)

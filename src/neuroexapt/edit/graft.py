@@ -25,11 +25,12 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from neuroexapt.edit.masked import masked_members, masked_names
 
 SKIP, AFTER, THEN, NEXT = "nx_skip", "nx_after", "nx_then", "nx_next"
 HOLD, JOIN, PASS = "nx_hold", "nx_join", "nx_pass"
-MASK = "nx_mask_"
 _ROLES = (SKIP, AFTER, THEN, NEXT, HOLD, JOIN, PASS)
 _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
@@ -57,11 +58,6 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return kind
 
 
-def masked_names(module: nn.Module) -> tuple[str, ...]:
-    """The parameters of a module that have a mask."""
-    return tuple(sorted(n.removeprefix(MASK) for n in module._buffers if n.startswith(MASK)))
-
-
 def fitting_class(module: nn.Module) -> type[nn.Module]:
     """The class a module should have for the children and masks it holds now."""
     kind, masked = original_class(module), masked_names(module)
@@ -83,27 +79,20 @@ def grafted_class(kind: type[nn.Module], masked: Iterable[str] = ()) -> type[nn.
     """
     key = kind, tuple(sorted(masked))
     if key not in _CLASSES:
+        forward = _forward_of(kind)
         members: dict[str, Any] = {
             "_nx_original": kind,
-            "forward": _forward_of(kind),
+            "forward": forward,
             "extra_repr": _extra_repr_of(kind),
             "__reduce_ex__": _reduce,
             "__module__": kind.__module__,
             "__doc__": kind.__doc__,
-            **{name: _masked(name) for name in key[1]},
+            **masked_members(forward, kind, key[1]),
         }
         if issubclass(kind, nn.Sequential):
             members.update(_sequential_members(kind))
         _CLASSES[key] = type(f"Grafted{kind.__name__}", (kind,), members)
     return _CLASSES[key]
-
-
-def _masked(name: str) -> property:
-    def weight(self: nn.Module) -> Tensor | None:
-        stored, mask = self._parameters[name], self._buffers[f"{MASK}{name}"]
-        return stored if stored is None or mask is None else stored * mask
-
-    return property(weight)
 
 
 def _forward_of(kind: type[nn.Module]) -> Any:

@@ -111,6 +111,30 @@ def convert(
     _put_state(ledger, optimizer, {parameter: new})
 
 
+def reweigh(
+    ledger: Ledger,
+    optimizer: torch.optim.Optimizer,
+    parameter: Tensor,
+    change: Callable[[str, Tensor], Tensor],
+) -> None:
+    """Replace state of a parameter that keeps its shape by ``change(key, value)``.
+
+    State of a shape of its own (factored moments) stays as it is.
+    """
+    state = optimizer.state.get(parameter)
+    if state:
+        new = {key: _reweighed(key, value, parameter, change) for key, value in state.items()}
+        _put_state(ledger, optimizer, {parameter: new})
+
+
+def _reweighed(
+    key: str, value: Any, parameter: Tensor, change: Callable[[str, Tensor], Tensor]
+) -> Any:
+    if isinstance(value, Tensor) and value.shape != parameter.shape:
+        return value.clone()
+    return _converted(key, value, change)
+
+
 def _converted(key: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
     if not isinstance(value, Tensor):
         return value

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuroexapt.capture import Trace
+from neuroexapt.capture.masks import mask_of
 from neuroexapt.capture.restore import restored
 from neuroexapt.capture.run import capture_both, opened
 from neuroexapt.edit import Patch
@@ -136,14 +137,17 @@ def verify(
     Raises:
         VerifyError: the first check that fails.
     """
-    check(_check_fake(model, args, kwargs, before))
+    traces = _check_fake(model, args, kwargs, before)
+    for trace in traces:
+        _check_masks(trace, patch)
+    check(traces)
     try:
         after = behaviour(model, args, kwargs, tuple(before.outputs))
     except CaptureError as error:
         raise _fail(error.place, error.seen, "a forward that runs after the edit") from error
     for training, shapes in after.shapes.items():
         _check_shapes(shapes, before.shapes[training])
-    _check_survivors(before, after, patch.gone)
+    _check_survivors(before, after, patch)
     difference, relative, place = _difference(before, after, _promised(patch, before))
     if relative > _allowed(before):
         _check_promise(relative, _rounding(model, args, kwargs, after), place, before)
@@ -182,6 +186,21 @@ def _check_fake(
     return traces
 
 
+def _check_masks(trace: Trace, patch: Patch) -> None:
+    """A weight that is not read as its module's attribute is read without its mask."""
+    for name in (masking.tensor for masking in patch.maskings if masking.mask is not None):
+        ref = trace.tensors[name]
+        tied = (other for other, held in trace.tensors.items() if held == ref)
+        masks = {trace.tensors[mask_of(other)] for other in tied}
+        for call in trace.calls:
+            if ref in call.inputs and masks.isdisjoint(call.inputs):
+                raise _fail(
+                    name,
+                    f"'{call.op}' reading it without its mask ({call.place})",
+                    "a weight that the forward reads as an attribute of its module",
+                )
+
+
 def _promised(patch: Patch, before: Behaviour) -> tuple[bool, ...]:
     """The modes (training or not) in which the outputs must stay."""
     if patch.preserves == "exact":
@@ -189,9 +208,13 @@ def _promised(patch: Patch, before: Behaviour) -> tuple[bool, ...]:
     return (False,) if patch.preserves == "evaluation" else ()
 
 
-def _check_survivors(before: Behaviour, after: Behaviour, gone: Sequence[str]) -> None:
+def _check_survivors(before: Behaviour, after: Behaviour, patch: Patch) -> None:
+    ended = {before.identities[m.tensor] for m in patch.maskings if m.mask is None}
+    lost = {mask_of(name) for name, identity in before.identities.items() if identity in ended}
     for name, identity in before.identities.items():
-        if name not in after.identities and any(name.startswith(f"{path}.") for path in gone):
+        if name not in after.identities and (
+            name in lost or any(name.startswith(f"{path}.") for path in patch.gone)
+        ):
             continue
         if after.identities.get(name) != identity:
             raise _fail(name, "another object or none", "the same parameter object as before")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from neuroexapt.capture.attributes import Attribute
+from neuroexapt.capture.masks import is_mask
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.edit import (
-    MASK,
     Insertion,
-    Masking,
     Patch,
     Refold,
     Removal,
@@ -36,14 +35,15 @@ from neuroexapt.guard.ledger import (
     add_child,
     check_swappable,
     drop_item,
-    put_item,
     set_attribute,
     set_class,
     swap,
 )
+from neuroexapt.guard.masking import held_mask, set_mask
 from neuroexapt.guard.numbered import renumber
 from neuroexapt.guard.optimizer import abandon, adopt, convert, migrate
 from neuroexapt.guard.recurrent import recurrent_owners, release, renew
+from neuroexapt.guard.values import alike, set_values
 
 Optimizer = torch.optim.Optimizer | None
 
@@ -65,7 +65,7 @@ def write(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) 
     for insertion in patch.insertions:
         _insert(ledger, model, optimizer, insertion)
     for masking in patch.maskings:
-        _mask(ledger, model, optimizer, masking)
+        set_mask(ledger, model, optimizer, masking)
     for rewrite in patch.rewrites:
         _rewrite(ledger, model, rewrite)
     for decay in patch.decays:
@@ -99,7 +99,9 @@ def _resize_tensor(
     # alike would get the same gradient for ever.
     seed = zlib.crc32(f"{name} {tuple(tensor.shape)}".encode())
     generator = torch.Generator().manual_seed(seed)
-    new = _alike(tensor, resized(tensor, patch.steps, name, generator=generator))
+    # Whatever an edit says of a mask: an entry shut out from birth would never learn.
+    fill = "one" if is_mask(name) else None
+    new = alike(tensor, resized(tensor, patch.steps, name, generator=generator, fill=fill))
     if isinstance(tensor, nn.Parameter):
         if tensor.grad is not None:
             new.grad = resized(
@@ -108,13 +110,6 @@ def _resize_tensor(
         if optimizer is not None:
             migrate(ledger, optimizer, tensor, patch.steps, name)
     swap(ledger, tensor, new, name)
-
-
-def _alike(tensor: Tensor, data: Tensor) -> Tensor:
-    """A parameter if ``tensor`` is one, trained if it is trained."""
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(data, requires_grad=tensor.requires_grad)
-    return data
 
 
 def _warn_unless_held(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -131,7 +126,7 @@ def _warn_unless_held(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 def _refold(ledger: Ledger, model: nn.Module, optimizer: Optimizer, refold: Refold) -> None:
     tensor = named_tensors(model)[refold.tensor]
     check_swappable({refold.tensor: tensor})
-    new = _alike(tensor, folded(tensor, refold))
+    new = alike(tensor, folded(tensor, refold))
     if tensor.grad is not None:
         new.grad = folded(tensor.grad, refold, mean=True)
     if optimizer is not None and isinstance(tensor, nn.Parameter):
@@ -194,39 +189,6 @@ def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: I
         adopt(ledger, optimizer, {f"{prefix}.{n}": p for n, p in new.items()}, near)
 
 
-def _mask(ledger: Ledger, model: nn.Module, optimizer: Optimizer, masking: Masking) -> None:
-    """Zero what the mask shuts out, here and in the optimizer, and have the module read through it.
-
-    Every module that holds the parameter gets the same mask.
-    """
-    parameter = model.get_parameter(masking.tensor)
-    mask = masking.mask
-    for module, name in _holders(model, parameter):
-        if mask is None:
-            drop_item(ledger, module._buffers, f"{MASK}{name}")
-        else:
-            put_item(ledger, module._buffers, f"{MASK}{name}", mask)
-        set_class(ledger, module, fitting_class(module))
-    if mask is None:
-        return
-    _set_values(ledger, parameter, parameter.detach() * mask, masking.tensor)
-    if optimizer is not None:
-        convert(ledger, optimizer, parameter, partial(_masked_state, mask=mask), masking.tensor)
-
-
-def _masked_state(key: str, value: Tensor, mask: Tensor) -> Tensor:
-    return value * mask
-
-
-def _holders(model: nn.Module, parameter: Tensor) -> Iterable[tuple[nn.Module, str]]:
-    return [
-        (module, name)
-        for module in model.modules()
-        for name, held in module._parameters.items()
-        if held is parameter
-    ]
-
-
 def _rewrite(ledger: Ledger, model: nn.Module, rewrite: Rewrite) -> None:
     tensor = named_tensors(model)[rewrite.tensor]
     if tensor.shape != rewrite.values.shape:
@@ -236,11 +198,6 @@ def _rewrite(ledger: Ledger, model: nn.Module, rewrite: Rewrite) -> None:
             needed=f"values of its own shape {tuple(tensor.shape)}",
             next_step="plan them for the shape the tensor has after all steps",
         )
-    _set_values(ledger, tensor, rewrite.values.to(tensor), rewrite.tensor)
-
-
-def _set_values(ledger: Ledger, tensor: Tensor, values: Tensor, name: str) -> None:
-    check_swappable({name: tensor})
-    new = _alike(tensor, torch.empty_like(tensor).copy_(values))
-    new.grad = tensor.grad
-    swap(ledger, tensor, new, name)
+    values, mask = rewrite.values.to(tensor), held_mask(model, tensor)
+    values = values if mask is None else values.masked_fill(~mask, 0)
+    set_values(ledger, tensor, values, rewrite.tensor, grad=tensor.grad)

@@ -6,6 +6,7 @@ Read `base` first: a `Reading`, and `undisturbed`, the law that measuring change
 - `rank`: directions in use, copies, dead units
 - `redundancy`: what the other units already say
 - `removal`: what removing a unit would cost, in nats
+- `weights`: what single weights are worth, and what masked ones would earn
 - `growth`: what new parameters would earn, in nats
 - `trend`: is the loss still falling; the generalisation gap
 - `holdout`: the loss on held-out batches, the judge of every change
@@ -49,6 +50,7 @@ from neuroexapt.measure.trend import (
     plateau_slope,
     read_plateau_slope,
 )
+from neuroexapt.measure.weights import dense_gradients, weight_scores
 
 __all__ = [
     "Batch",
@@ -62,6 +64,7 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "dead_units",
+    "dense_gradients",
     "duplicate_units",
     "effective_rank",
     "evaluate",
@@ -82,4 +85,5 @@ __all__ = [
     "tensor_bytes",
     "undisturbed",
     "unit_redundancy",
+    "weight_scores",
 ]
