@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from neuroexapt import (
     map_axes,
     transaction,
 )
+from neuroexapt.capture.run import named_tensors
 from neuroexapt.edit import Edit
 from neuroexapt.errors import EditError, GuardError, VerifyError
 from neuroexapt.guard import Transaction, Trial
@@ -293,21 +295,24 @@ def batches(count: int) -> list[tuple[Tensor]]:
     return [(torch.randn(4, 4, 32, generator=generator),) for _ in range(count)]
 
 
+@pytest.mark.parametrize("place", ["device", "cpu", "folder"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_trial_rolled_back_never_was(edit: str, optimizer: str) -> None:
+def test_a_trial_rolled_back_never_was(
+    edit: str, optimizer: str, place: str, tmp_path: Path
+) -> None:
     """After five steps of a trial the model is as before, and trains on as if never tried."""
     model, made = world(optimizer)
     made.zero_grad()
     twin, twins = copy.deepcopy((model, made))
     before = snapshot(model, made)
-    trial = Trial(model, made)
+    trial = Trial(model, made, place=tmp_path if place == "folder" else place)  # type: ignore[arg-type]
     trial.apply(EDITS[edit], ARGS)
+    assert not list(tmp_path.iterdir())  # a mapped file has no name: nothing outlives a crash
     for batch in batches(5):
         train(model, batch, made, 1)
     trial.roll_back()
-    left = changes(before, snapshot(model, made))
-    assert all(name.startswith("state ") for name in left)  # the dicts are copies, equal in value
+    assert not changes(before, snapshot(model, made))
     assert _states(made) == _states(twins)
     for batch in batches(5):
         assert train(model, batch, made, 1) == train(twin, batch, twins, 1)
@@ -320,6 +325,51 @@ def _states(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         {key: value.tolist() if isinstance(value, Tensor) else value for key, value in s.items()}
         for s in optimizer.state.values()
     ]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_trial_taken_back_with_interruptions_is_taken_back_whole(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption of each copy in turn is raised once everything is as it was."""
+    model, made = world("adam")
+    made.zero_grad()
+    before = snapshot(model, made)
+    trial = Trial(model, made)
+    trial.apply(EDITS["widen"], ARGS)
+    train(model, ARGS, made, 2)
+    real, calls = Tensor.copy_, iter(range(10_000))
+
+    def failing(self: Tensor, other: Tensor) -> Tensor:
+        if next(calls) == 2:
+            raise error
+        return real(self, other)
+
+    monkeypatch.setattr(Tensor, "copy_", failing)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else GuardError):
+        trial.roll_back()
+    monkeypatch.undo()
+    if error is KeyboardInterrupt:
+        assert not changes(before, snapshot(model, made))
+
+
+def test_a_snapshot_over_its_limit_is_refused_with_the_edit() -> None:
+    """What the edit resizes needs no copy and does not count."""
+    model, made = world("adam")
+    before, edit = snapshot(model, made), EDITS["widen"]
+    with pytest.raises(GuardError, match=r"KiB; needed at most 100 bytes"):
+        Trial(model, made, limit=100).apply(edit, ARGS)
+    assert not changes(before, snapshot(model, made))
+    everything = sum(t.nbytes for t in named_tensors(model).values())
+    everything += sum(
+        value.nbytes
+        for state in made.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+    touched = edit.plan(AXES, named_tensors(model)).tensors
+    saved = sum(named_tensors(model)[name].nbytes for name in touched)
+    Trial(model, made, limit=everything - saved).apply(edit, ARGS)
 
 
 def test_a_trial_kept_goes_on_with_the_edit() -> None:

@@ -161,38 +161,35 @@ def test_a_trial_that_fails_its_verdict_is_taken_back_bit_for_bit(
         return resting, Verdict(False, "condemned", 0.0)
 
     monkeypatch.setattr(loop, "judge", condemned)
-    run = Run()
-    before: Any = None
+    run, moments = Run(), list[Any]()
+
+    def noted(self: Trial, *args: Any, **kwargs: Any) -> Any:
+        moments.append(copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict())))
+        return Trial.__dict__["apply"](self, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "Trial", type("Noted", (Trial,), {"apply": noted}))
     for _ in range(9):
         pending = run.evolver is not None and run.evolver.state.trial is not None
         run.epochs(1)
-        end = run.ends[-1]
         if pending:
-            assert before is not None
-            assert end.verdict is not None
-            assert not end.verdict.kept
-            _assert_same(before, run)
+            verdict = run.ends[-1].verdict
+            assert verdict is not None
+            assert not verdict.kept
+            _assert_same(moments[-1], run)
             return
-        before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
-        if end.decision and end.decision.candidate:
-            # The trial has begun: what must come back is the model of the moment before.
-            before = _before_the_trial(run)
     pytest.fail("no trial was started")
 
 
-def _before_the_trial(run: Run) -> Any:
-    assert run.evolver is not None
-    assert run.evolver._trial is not None
-    trial = run.evolver._trial.trial
-    names = {id(t): n for n, t in run.model.state_dict(keep_vars=True).items()}
-    return {names[id(t)]: old.clone() for t, old in trial._tensors if id(t) in names}
-
-
-def _assert_same(before: dict[str, Tensor], run: Run) -> None:
+def _assert_same(before: tuple[dict[str, Any], dict[str, Any]], run: Run) -> None:
     after = run.model.state_dict()
-    assert set(before) == set(after)
-    for name, old in before.items():
+    assert set(before[0]) == set(after)
+    for name, old in before[0].items():
         assert torch.equal(old, after[name]), name
+    state = run.optimizer.state_dict()
+    assert state["param_groups"] == before[1]["param_groups"]
+    for number, held in before[1]["state"].items():
+        for key, value in held.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(state["state"][number][key]))
 
 
 def test_an_error_inside_a_change_is_written_down_and_the_run_goes_on(
@@ -365,3 +362,20 @@ def test_growth_is_tried_where_a_width_is_starved() -> None:
     kinds = [e["kind"] for e in evolver.journal.events if e["event"] == "proposal"]
     assert Widen.__name__ in kinds
     assert model[0].weight.shape[0] > 2
+
+
+def test_a_moving_average_follows_every_change() -> None:
+    """Given once, it stays a copy of the model through changes that are kept or taken back."""
+    run = Run().epochs(1)
+    assert run.evolver is not None
+    average = torch.optim.swa_utils.AveragedModel(run.model)
+    run.evolver.follow(average)
+    for _ in range(7):
+        run.epochs(1)
+        average.update_parameters(run.model)
+    assert any(event["event"] == "applied" for event in run.events)
+    assert [t.shape for t in average.module.state_dict().values()] == [
+        t.shape for t in run.model.state_dict().values()
+    ]
+    with pytest.raises(GuardError, match="needed a copy of"):
+        run.evolver.follow(nn.Linear(2, 2))

@@ -6,6 +6,7 @@ Read :mod:`neuroexapt.guard.ledger` (each write with its way back), then
 afterwards what still holds the old memory.
 """
 
+from neuroexapt.guard.copies import inner_copies
 from neuroexapt.guard.leaks import Leak, LeakWatch
 from neuroexapt.guard.transaction import Applied, Transaction, apply, inner_module, transaction
 from neuroexapt.guard.trial import Trial
@@ -17,6 +18,7 @@ __all__ = [
     "Transaction",
     "Trial",
     "apply",
+    "inner_copies",
     "inner_module",
     "transaction",
 ]

@@ -40,6 +40,10 @@ class Ledger:
         self._undo.append(undo)
         write()
 
+    def note_first(self, undo: Callable[[], object]) -> None:
+        """Note a way back that is walked last, after those of all writes so far."""
+        self._undo.insert(0, undo)
+
     def roll_back(self, to: int = 0) -> None:
         """Take back every write after the first ``to``, last one first.
 

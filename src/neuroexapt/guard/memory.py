@@ -188,13 +188,19 @@ def check_room(needed: int, what: str, model: nn.Module, limit: int | None) -> N
         allowed = "free" if limit is None else "allowed"
         raise GuardError(
             what,
-            seen=f"{_readable(needed)} needed on {device}",
-            needed=f"at most the {_readable(free)} that are {allowed} there",
+            seen=f"{readable(needed)} needed on {device}",
+            needed=f"at most the {readable(free)} that are {allowed} there",
             next_step="make a smaller change, a smaller batch, or free memory first",
         )
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
+    """A number of bytes for people.
+
+    Example:
+        >>> readable(1536)
+        '1.5 KiB'
+    """
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.4g} {unit}"

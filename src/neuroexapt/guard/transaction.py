@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -18,6 +18,7 @@ from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.edit import Edit, Patch
 from neuroexapt.errors import GuardError
 from neuroexapt.guard.config import Run, follow, owners
+from neuroexapt.guard.copies import inner_copies
 from neuroexapt.guard.ledger import Ledger
 from neuroexapt.guard.memory import activation_bytes, check_room, forecast
 from neuroexapt.guard.optimizer import check_optimizer
@@ -62,9 +63,12 @@ class Transaction:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         *,
+        copies: Iterable[nn.Module] = (),
         memory: int | None = None,
     ) -> None:
         self.model = inner_module(model)
+        self.given = tuple(copies)
+        self.copies = inner_copies(self.model, self.given)
         self.optimizer = optimizer
         self.memory = memory
         self.ledger = Ledger()
@@ -121,6 +125,8 @@ class Transaction:
             write(self.ledger, self.model, self.optimizer, patch)
             check = partial(self._check_activations, axes.traces, edit)
             difference = verify(self.model, args, kwargs, before, patch, check)
+            for copy in self.copies:
+                write(self.ledger, copy, None, patch)
             notes = follow(self.ledger, self.model, configs, Run(args, kwargs, modes))
         except BaseException:
             self.ledger.roll_back(to=mark)
@@ -174,6 +180,7 @@ def transaction(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
+    copies: Iterable[nn.Module] = (),
     memory: int | None = None,
 ) -> Transaction:
     """A block in which edits are made together or not at all.
@@ -185,11 +192,14 @@ def transaction(
     Args:
         model: the model the user holds; it stays this object.
         optimizer: the optimizer that trains it; its state follows.
+        copies: moving averages (``AveragedModel``), teachers, the best so far: each follows every
+            edit by name, on its own weights.
         memory: bytes that an edit may add, to the weights and optimizer while it is made and to
             the activations of a step; by default what the device has free.
 
     Raises:
-        GuardError: the model is wrapped for distributed training, or the optimizer is not its.
+        GuardError: the model is wrapped for distributed training, the optimizer is not its, or a
+            copy has other parameters.
 
     Example:
         >>> from neuroexapt import Widen, transaction
@@ -202,7 +212,7 @@ def transaction(
         ...     print(net[0].out_features)
         8
     """
-    return Transaction(model, optimizer, memory=memory)
+    return Transaction(model, optimizer, copies=copies, memory=memory)
 
 
 def apply(
@@ -212,6 +222,7 @@ def apply(
     kwargs: Mapping[str, Any] | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    copies: Iterable[nn.Module] = (),
 ) -> Applied:
     """Make one edit: planned, written, verified, and taken back bit for bit if anything fails.
 
@@ -224,6 +235,7 @@ def apply(
         args: positional example input, real tensors; a batch of 2 or more.
         kwargs: keyword example input.
         optimizer: the optimizer that trains the model.
+        copies: moving averages and the like, which follow; see :func:`transaction`.
 
     Raises:
         NeuroExaptError: the edit was not made; the subclass says why. The model is untouched.
@@ -236,7 +248,7 @@ def apply(
         >>> done.parameters_before, done.parameters_after
         (58, 86)
     """
-    with transaction(model, optimizer) as tx:
+    with transaction(model, optimizer, copies=copies) as tx:
         return tx.apply(edit, args, kwargs)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +12,25 @@ from torch import Tensor, nn
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap
 from neuroexapt.edit import Edit
+from neuroexapt.guard.storing import Place, stored
 from neuroexapt.guard.transaction import Applied, Transaction
 
 
 class Trial:
     """Make an edit, train on, then :meth:`keep` it or :meth:`roll_back` to the moment before.
 
-    The snapshot holds every parameter, buffer and optimizer state; rolling back restores them
-    bit for bit, with the structure. Learning-rate schedules go on.
+    Rolling back restores every parameter, buffer and optimizer state bit for bit, with the
+    structure, also when it is interrupted. Learning-rate schedules go on. What the edit resizes
+    is kept as it was by the edit itself; a snapshot holds the rest.
 
     Args:
         model: the model the user holds.
         optimizer: the optimizer that trains it.
+        copies: moving averages, teachers and the like, which follow each edit.
+        memory: bytes an edit may add; see :func:`transaction`.
+        place: where the snapshot waits: ``"device"``, ``"cpu"``, a directory, or ``"auto"``
+            (beside the model unless its device is tight).
+        limit: the most bytes the snapshot may take.
 
     Example:
         >>> from neuroexapt import Widen
@@ -35,11 +43,18 @@ class Trial:
         torch.Size([3, 2])
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        self._transaction = Transaction(model, optimizer)
-        self._tensors: list[tuple[Tensor, Tensor]] = []
-        self._buffers: list[tuple[nn.Module, str, Tensor | None]] = []
-        self._state: dict[Tensor, dict[str, Any]] = {}
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        copies: Iterable[nn.Module] = (),
+        memory: int | None = None,
+        place: Place = "auto",
+        limit: int | None = None,
+    ) -> None:
+        self._transaction = Transaction(model, optimizer, copies=copies, memory=memory)
+        self._place, self._limit = place, limit
 
     @property
     def model(self) -> nn.Module:
@@ -54,20 +69,21 @@ class Trial:
         *,
         axes: AxisMap | None = None,
     ) -> Applied:
-        """Snapshot, then make the edit; see :meth:`Transaction.apply` for what it raises."""
-        if len(self._transaction.ledger):
-            return self._transaction.apply(edit, args, kwargs, axes=axes)
-        self._snapshot()
-        try:
-            return self._transaction.apply(edit, args, kwargs, axes=axes)
-        except BaseException:
-            self._forget()  # no edit, no trial: there is nothing to go back to
-            raise
+        """Make the edit and take the snapshot; see :meth:`Transaction.apply` for what it raises.
+
+        Raises:
+            GuardError: besides, the snapshot exceeds its limit; the edit is taken back.
+        """
+        first = not len(self._transaction.ledger)
+        before = _Moment(self._transaction) if first else None
+        done = self._transaction.apply(edit, args, kwargs, axes=axes)
+        if before is not None:
+            self._keep_the_rest(before)
+        return done
 
     def keep(self) -> None:
         """End the trial with the edit; the snapshot and the old tensors are released."""
         self._transaction.commit()
-        self._forget()
 
     def roll_back(self) -> None:
         """End the trial without the edit: everything is as it was when it began.
@@ -75,38 +91,86 @@ class Trial:
         Gradients are dropped, being those of a model that no longer exists. Without an edit
         there is nothing to do.
         """
-        if not len(self._transaction.ledger):
-            return
         self._transaction.roll_back()
-        for module, name, buffer in self._buffers:
-            module._buffers[name] = buffer
-        with torch.no_grad():
-            for tensor, old in self._tensors:
-                tensor.copy_(old)
-        optimizer = self._transaction.optimizer
-        if optimizer is not None:
-            optimizer.state.clear()
-            optimizer.state.update(self._state)
-            optimizer.zero_grad(set_to_none=True)
-        self.model.zero_grad(set_to_none=True)
-        self._forget()
 
-    def _snapshot(self) -> None:
-        tensors = {id(t): t for t in named_tensors(self.model).values()}
-        self._tensors = [(t, t.detach().clone()) for t in tensors.values()]
+    def _keep_the_rest(self, before: _Moment) -> None:
+        """Note the way back of what the edit did not touch, to be walked after the edit's own."""
+        try:
+            restore = before.way_back(self._place, self._limit)
+        except BaseException:
+            self._transaction.roll_back()
+            raise
+        self._transaction.ledger.note_first(restore)
+
+
+class _Moment:
+    """Everything that training may change, as it was before an edit."""
+
+    def __init__(self, transaction: Transaction) -> None:
+        self._models = (transaction.model, *transaction.given)
+        self._optimizer = transaction.optimizer
+        tensors = {id(t): t for model in self._models for t in named_tensors(model).values()}
+        self._tensors = [(tensor, _memory(tensor)) for tensor in tensors.values()]
         # A forward may put another tensor in a buffer's place.
         self._buffers = [
             (module, name, buffer)
-            for module in self.model.modules()
+            for model in self._models
+            for module in model.modules()
             for name, buffer in module._buffers.items()
         ]
-        optimizer = self._transaction.optimizer
-        if optimizer is not None:
-            self._state = {p: _copied(state) for p, state in optimizer.state.items()}
+        self._state: dict[Tensor, dict[str, Any]] = {}
+        if self._optimizer is not None:
+            self._state.update(self._optimizer.state)
 
-    def _forget(self) -> None:
-        self._tensors, self._buffers, self._state = [], [], {}
+    def way_back(self, place: Place, limit: int | None) -> partial[None]:
+        """Copies of what the edit left as it was, and how to put them back.
+
+        What it resized waits, as it was, in the edit's own way back, and nobody trains it.
+        """
+        same = [tensor for tensor, memory in self._tensors if _memory(tensor) == memory]
+        now: Mapping[Tensor, Any] = self._optimizer.state if self._optimizer is not None else {}
+        states = {p: state for p, state in self._state.items() if now.get(p) is state}
+        inside = [value for state in states.values() for value in state.values()]
+        held = [value for value in inside if isinstance(value, Tensor)]
+        copies = stored([*same, *held], place, limit)
+        old = dict(zip(map(id, held), copies[len(same) :], strict=True))
+        kept = {
+            p: {k: (v, old.get(id(v))) for k, v in state.items()} for p, state in states.items()
+        }
+        return partial(self._put_back, list(zip(same, copies, strict=False)), kept)
+
+    def _put_back(
+        self,
+        tensors: list[tuple[Tensor, Tensor]],
+        kept: Mapping[Tensor, Mapping[str, tuple[Any, Tensor | None]]],
+    ) -> None:
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer
+        with torch.no_grad():
+            for tensor, old in tensors:
+                tensor.copy_(old)
+        if self._optimizer is not None:
+            state = self._optimizer.state
+            original = {p: _refilled(s, kept.get(p)) for p, s in self._state.items()}
+            state.clear()
+            state.update(original)
+            self._optimizer.zero_grad(set_to_none=True)
+        for model in self._models:
+            model.zero_grad(set_to_none=True)
 
 
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+def _refilled(
+    state: dict[str, Any], kept: Mapping[str, tuple[Any, Tensor | None]] | None
+) -> dict[str, Any]:
+    """The very state of that moment, its tensors filled with what they held then."""
+    if kept is None:
+        return state
+    state.clear()
+    with torch.no_grad():
+        for key, (value, old) in kept.items():
+            state[key] = value if old is None else value.copy_(old)
+    return state
+
+
+def _memory(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.untyped_storage()._cdata, tuple(tensor.shape)

@@ -15,7 +15,7 @@ from torch import nn
 
 from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.errors import NeuroExaptError
-from neuroexapt.guard import Trial, inner_module
+from neuroexapt.guard import Trial, inner_copies, inner_module
 from neuroexapt.measure import (
     Batch,
     HoldoutScore,
@@ -145,6 +145,7 @@ class Evolver:
         self._started = time.perf_counter()
         self._trial: _Pending | None = None
         self._axes: AxisMap | None = None
+        self._copies: tuple[nn.Module, ...] = ()
         self._closed = False
         self._kept_score: HoldoutScore
         with self._own_time():
@@ -160,6 +161,15 @@ class Evolver:
     def journal(self) -> Journal:
         """The journal of this run; ``journal.events`` holds what was written."""
         return self.chronicle.journal
+
+    def follow(self, *copies: nn.Module) -> None:
+        """Have moving averages, teachers and the like follow every change from now on.
+
+        Raises:
+            GuardError: one of them is no copy of the model as it is.
+        """
+        inner_copies(self.model, copies)
+        self._copies += copies
 
     def step(self) -> None:
         """Count one optimizer step. Costs nothing else."""
@@ -277,7 +287,7 @@ class Evolver:
 
     def _try(self, decision: Decision, candidate: Candidate, axes: AxisMap) -> None:
         number = self.chronicle.proposal(decision, candidate)
-        trial = Trial(self.model, self.optimizer)
+        trial = Trial(self.model, self.optimizer, copies=self._copies)
         try:
             done = trial.apply(candidate.edit, *self._example, axes=axes)
         except NeuroExaptError as error:
