@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt import Budget, Evolver, Settings, Widen
-from neuroexapt.errors import SettingsError, VerifyError
+from neuroexapt.errors import GuardError, SettingsError, VerifyError
 from neuroexapt.guard import Trial
 from neuroexapt.plan import Decision, State, Verdict
 from neuroexapt.record import read_journal
