@@ -13,9 +13,10 @@ from benchmarks.operations.task import (
     Section,
     Setting,
     Task,
+    loss_fn,
 )
 
-from neuroexapt import Widen, apply
+from neuroexapt import Widen, apply, growth_directions, map_axes
 
 
 def nothing(_moment: Moment) -> None:
@@ -29,9 +30,35 @@ def zero_out(at: str, by: int) -> Change:
     )
 
 
+def split(at: str, by: int) -> Change:
+    """Copies of old units, readers shared out."""
+    return lambda moment: apply(
+        moment.model, Widen(at, by=by, init="split"), moment.args, optimizer=moment.optimizer
+    )
+
+
+def informed(at: str, by: int, kind: str) -> Change:
+    """Makers chosen by data, zero readers."""
+
+    def change(moment: Moment) -> None:
+        axes = map_axes(moment.model, moment.args)
+        moment.model.train()
+        rows = growth_directions(moment.model, loss_fn, moment.batches, axes, at, by, kind)
+        edit = Widen(at, by=by, rows=rows)
+        apply(moment.model, edit, moment.args, optimizer=moment.optimizer)
+
+    return change
+
+
 def arms(at: str, by: int) -> Mapping[str, Change]:
     """Every initialisation at one place."""
-    return {"random, zero out": zero_out(at, by), "no growth": nothing}
+    return {
+        "random, zero out": zero_out(at, by),
+        "candidates": informed(at, by, "candidates"),
+        "gradient": informed(at, by, "gradient"),
+        "split": split(at, by),
+        "no growth": nothing,
+    }
 
 
 PLACES: tuple[tuple[str, Task, str, int], ...] = (

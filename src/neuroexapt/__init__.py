@@ -17,6 +17,7 @@ from neuroexapt.edit import (
 )
 from neuroexapt.errors import NeuroExaptError
 from neuroexapt.guard import apply, transaction
+from neuroexapt.measure import growth_directions
 from neuroexapt.plan import Budget, Settings
 from neuroexapt.train import Evolver
 
@@ -35,6 +36,7 @@ __all__ = [
     "Settings",
     "Widen",
     "apply",
+    "growth_directions",
     "map_axes",
     "transaction",
 ]

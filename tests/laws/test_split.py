@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from neuroexapt import Widen, apply, map_axes
 from neuroexapt.capture.run import named_tensors
-from neuroexapt.couple import unit_of
+from neuroexapt.couple import resize_expr, unit_of
 from neuroexapt.edit import share
 from neuroexapt.edit.initial import mean_shares, split_positions
-from neuroexapt.edit.patch import resize_expr
 from neuroexapt.errors import EditError
 from neuroexapt.guard import transaction
 from tests import zoo

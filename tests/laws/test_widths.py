@@ -13,9 +13,8 @@ from torch import nn
 
 from neuroexapt import AxisMap, Narrow, Widen
 from neuroexapt.capture.run import named_tensors
-from neuroexapt.couple import Width, unit_of
+from neuroexapt.couple import Width, resize_expr, unit_of
 from neuroexapt.edit import Edit
-from neuroexapt.edit.patch import resize_expr
 from neuroexapt.errors import EditError, NeuroExaptError
 from neuroexapt.guard import transaction
 from tests import zoo

@@ -69,6 +69,19 @@ def size_of(expr: Expr, sizes: Mapping[str, int]) -> int:
     return prod(parts) if isinstance(expr, Product) else sum(parts)
 
 
+def resize_expr(expr: Expr, name: str, size: int) -> Expr:
+    """The expression with one atom at another size.
+
+    Example:
+        >>> resize_expr(Product((Leaf("c", 2), Leaf("hw", 3))), "c", 5)
+        Product(parts=(Leaf(name='c', size=5), Leaf(name='hw', size=3)))
+    """
+    if isinstance(expr, Leaf):
+        return Leaf(name, size) if expr.name == name else expr
+    parts = tuple(resize_expr(part, name, size) for part in expr.parts)
+    return Product(parts) if isinstance(expr, Product) else Sum(parts)
+
+
 def source_index(expr: Expr, positions: Mapping[str, Positions]) -> Positions:
     """For each position of the new dimension the old position, or -1 where it is new.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neuroexapt.couple import AxisMap, Expr, Leaf, Mixer, Product, Side, Sum, Width, size_of
+from neuroexapt.couple import AxisMap, Expr, Mixer, Side, Width, resize_expr, size_of
 from neuroexapt.edit.resize import siblings
 
 if TYPE_CHECKING:
@@ -293,19 +293,6 @@ def query_scalings(width: Width, size: int) -> tuple[Scaling, ...]:
         Scaling(tensor, factor, dim, tuple(sorted(positions)))
         for (tensor, dim), positions in found.items()
     )
-
-
-def resize_expr(expr: Expr, name: str, size: int) -> Expr:
-    """The expression with one atom at another size.
-
-    Example:
-        >>> resize_expr(Product((Leaf("c", 2), Leaf("hw", 3))), "c", 5)
-        Product(parts=(Leaf(name='c', size=5), Leaf(name='hw', size=3)))
-    """
-    if isinstance(expr, Leaf):
-        return Leaf(name, size) if expr.name == name else expr
-    parts = tuple(resize_expr(part, name, size) for part in expr.parts)
-    return Product(parts) if isinstance(expr, Product) else Sum(parts)
 
 
 def _moved(mixer: Mixer, moved: Mapping[tuple[str, int], Sequence[Sequence[int]]]) -> Mixer:

@@ -8,6 +8,7 @@ Read `base` first: a `Reading`, and `undisturbed`, the law that measuring change
 - `removal`: what removing a unit would cost, in nats
 - `weights`: what single weights are worth, and what masked ones would earn
 - `growth`: what new parameters would earn, in nats
+- `directions`: which incoming weights new units should start with
 - `trend`: is the loss still falling; the generalisation gap
 - `holdout`: the loss on held-out batches, the judge of every change
 - `cost`: parameters, FLOPs, bytes
@@ -30,6 +31,7 @@ from neuroexapt.measure.cost import (
     layers,
     tensor_bytes,
 )
+from neuroexapt.measure.directions import growth_directions
 from neuroexapt.measure.flops import flops_of
 from neuroexapt.measure.growth import growth_gain, noise_corrected_norm, slopes
 from neuroexapt.measure.holdout import evaluate
@@ -71,6 +73,7 @@ __all__ = [
     "flops_of",
     "generalisation_gap",
     "gradients",
+    "growth_directions",
     "growth_gain",
     "layers",
     "noise_corrected_norm",
