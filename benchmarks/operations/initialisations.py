@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from benchmarks.operations.task import (
     CIFAR_CNN,
     DIGITS_CNN,
-    DIGITS_MLP,
     Change,
     Moment,
     Section,
     Setting,
     Task,
     loss_fn,
+    mlp,
 )
 
 from neuroexapt import Widen, apply, growth_directions, map_axes
@@ -61,9 +61,10 @@ def arms(at: str, by: int) -> Mapping[str, Change]:
     }
 
 
+STARVED_MLP = Task("digits", lambda: mlp(8), before=300, after=300, rate=5e-3)
 PLACES: tuple[tuple[str, Task, str, int], ...] = (
-    ("digits, MLP, first layer", DIGITS_MLP, "1", 8),
-    ("digits, MLP, second layer", DIGITS_MLP, "3", 8),
+    ("digits, MLP, first layer", STARVED_MLP, "1", 8),
+    ("digits, MLP, second layer", STARVED_MLP, "3", 8),
     ("digits, CNN, first stage", DIGITS_CNN, "features.0", 4),
     ("digits, CNN, second stage", DIGITS_CNN, "features.4", 6),
     ("CIFAR-10, CNN, first stage", CIFAR_CNN, "features.0", 6),

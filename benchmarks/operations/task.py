@@ -64,7 +64,7 @@ class Task:
     network: Callable[[], nn.Module]
     before: int
     after: int
-    rate: float = 3e-3
+    rate: float = 1e-2
 
     def load(self, seed: int, folder: Path) -> Data:
         """The data, split by seed."""
@@ -129,6 +129,6 @@ def cifar_cnn() -> nn.Module:
     return SmallCnn(3, (6, 10, 12))
 
 
-DIGITS_MLP = Task("digits", mlp, before=150, after=150)
-DIGITS_CNN = Task("digits", digits_cnn, before=100, after=100)
-CIFAR_CNN = Task("cifar10", cifar_cnn, before=300, after=300)
+DIGITS_MLP = Task("digits", mlp, before=300, after=300)
+DIGITS_CNN = Task("digits", digits_cnn, before=300, after=300)
+CIFAR_CNN = Task("cifar10", cifar_cnn, before=400, after=400)

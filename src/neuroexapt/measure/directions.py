@@ -31,6 +31,8 @@ KINDS = ("candidates", "gradient")
 _POOL = 16  # candidates drawn for each unit wanted
 _RUNS = 32  # forwards a batch that candidates may take
 _RIDGE = 1e-2  # share of the mean power that is added to every direction
+_WHITENING = 0.1  # as _RIDGE, for the input: directions that hardly occur are not blown up
+_FAINT = 0.05  # least strength of an input direction beside the largest: fainter ones are noise
 _BASIS = 512  # most input directions a gradient direction is made of
 
 Pool = list[dict[str, Tensor]]
@@ -243,13 +245,12 @@ def _gradient_pool(site: Site, batches: Sequence[Batch], units: int) -> Pool:
         products_MM[: len(basis_MF)][:, : len(basis_MF)],
     )
     values, vectors = torch.linalg.eigh(products_MM)
-    ridge = _RIDGE * values.clamp(min=0).mean()
+    ridge = _WHITENING * values.clamp(min=0).mean()
     white_MM = vectors / (values.clamp(min=0) + ridge).clamp(min=1e-300).sqrt()
     left, _, _ = torch.linalg.svd(white_MM.T @ missing_MP, full_matrices=False)
     best_MF = (white_MM @ left[:, :units]).T @ basis_MF.double()
     filters = torch.cat([best_MF, -best_MF]).to(basis_MF.dtype)
-    own = _made(site, look(site, batches[0]), maker)
-    strong = filters * (own.median() / _strengths(site, batches[0], maker, filters))[:, None]
+    strong = _as_strong(site, batches[0], maker, filters)
     pool = _pool_of(site, maker, strong)
     # A layer with fewer inputs than units wanted has no more directions: the rest is random.
     return pool if len(filters) >= 2 * units else [*pool, *_random_pool(site, 2 * units)]
@@ -260,11 +261,13 @@ def _one_maker(site: Site) -> str:
     path, _, own = names[0].rpartition(".")
     module = site.model.get_submodule(path)
     plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and own == "weight"
-    if len(names) > 1 or not plain or site.makers[0].dim or getattr(module, "groups", 1) != 1:
+    plain = plain and not site.makers[0].dim and getattr(module, "groups", 1) == 1
+    rows = int((site.unit(site.makers[0]) >= 0).sum())
+    if len(names) > 1 or not plain or rows != site.width.size:
         raise MeasureError(
             site.width.name,
-            seen=f"units made by {', '.join(names)}",
-            needed="one plain linear layer or convolution that makes the units",
+            seen=f"units made by {', '.join(names)}, {rows} rows for {site.width.size} units",
+            needed="one plain linear layer or convolution with a row a unit",
             next_step='use kind="candidates", which works for every maker',
         )
     return names[0]
@@ -275,7 +278,8 @@ def _basis(entries: int, count: int) -> Tensor:
     if count == entries:
         return torch.eye(entries)
     drawn = torch.randn(entries, count, generator=torch.Generator().manual_seed(entries))
-    return torch.linalg.qr(drawn)[0].T.contiguous()
+    orthogonal: Tensor = torch.linalg.qr(drawn)[0].T
+    return orthogonal.contiguous()
 
 
 def _pool_of(site: Site, maker: str, filters_MF: Tensor) -> Pool:
@@ -297,7 +301,18 @@ def _strengths(site: Site, batch: Batch, maker: str, filters_MF: Tensor) -> Tens
     runs = _pool_of(site, maker, filters_MF)
     found = torch.cat([_made(site, look(site, batch, run), maker) for run in runs])
     found = found[: len(filters_MF)]
-    return found.clamp(min=max(1e-6 * float(found.max()), 1e-30)).to(filters_MF.dtype)
+    return found.clamp(min=max(_FAINT * float(found.max()), 1e-30)).to(filters_MF.dtype)
+
+
+def _as_strong(site: Site, batch: Batch, maker: str, filters_MF: Tensor) -> Tensor:
+    """Scaled to answer like the old units, and not longer than the longest of these."""
+    own = float(_made(site, look(site, batch), maker).median())
+    scaled = filters_MF * (own / _strengths(site, batch, maker, filters_MF))[:, None]
+    place = site.makers[0]
+    old = site.tensor(maker)[(site.unit(place) >= 0)].flatten(1)
+    lengths: Tensor = scaled.norm(dim=1, keepdim=True)
+    shorter: Tensor = (old.norm(dim=1).max() / lengths).clamp(max=1.0)
+    return scaled * shorter
 
 
 def _made(site: Site, seen: Seen, maker: str) -> Tensor:
@@ -307,7 +322,8 @@ def _made(site: Site, seen: Seen, maker: str) -> Tensor:
     behind = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)  # type: ignore[arg-type]
     outs = seen.made[maker.rpartition(".")[0]]
     rows = torch.cat([out.movedim(-1 - behind, 0).flatten(1) for out in outs], 1)
-    return rows[where.to(rows.device)].cpu().double().std(1)
+    deviation: Tensor = rows[where.to(rows.device)].cpu().double().std(1)
+    return deviation
 
 
 # --- the rows of those chosen --------------------------------------------------------------------

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from neuroexapt.capture.run import named_tensors
-from neuroexapt.couple import Appearance, AxisMap, Width, unit_of
+from neuroexapt.couple import Appearance, AxisMap, Width, leaves, unit_of
 from neuroexapt.errors import MeasureError
 from neuroexapt.measure.base import Batch, LossFn, plain_attention, scalar_loss, undisturbed
 
 _ROWS = 2048  # rows of each reader and batch that correlations are taken over
 _ENTRIES = 4096  # reader entries a unit that gradients are compared on
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class Reader:
     Attributes:
         path: of the module.
         module: the layer.
+        dim: of its weight, along which it reads.
         order: for each unit its positions along the input's dimension of units; shape (units, q).
     """
 
     path: str
     module: nn.Module
+    dim: int
     order: Tensor
 
     @property
@@ -77,13 +80,13 @@ class Site:
 class Seen:
     """What a forward of the model showed.
 
-    ``inputs`` of the readers and ``outputs`` with their gradients, call by call; ``doors``, the
-    inputs of the makers' modules; ``made``, the outputs of these.
+    ``inputs`` and ``outputs`` of the readers, call by call; ``doors``, the inputs of the makers'
+    modules, and ``made``, their outputs.
     """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    doors: list[Tensor] = field(default_factory=list)
+    doors: dict[str, list[Tensor]] = field(default_factory=dict)
     made: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
@@ -115,7 +118,8 @@ def site_of(model: nn.Module, loss_fn: LossFn, axes: AxisMap, at: str) -> Site:
 def _reader(model: nn.Module, axes: AxisMap, width: Width, place: Appearance) -> Reader:
     path, _, own = place.tensor.rpartition(".")
     module = model.get_submodule(path)
-    plain = isinstance(module, _LINEAR) and own == "weight" and place.dim == 1
+    dim = 0 if isinstance(module, _TRANSPOSED) else 1
+    plain = isinstance(module, _PLAIN + _TRANSPOSED) and own == "weight" and place.dim == dim
     if not plain or getattr(module, "groups", 1) != 1 or list(module.children()):
         kind = type(module).__name__
         _refuse(
@@ -123,7 +127,7 @@ def _reader(model: nn.Module, axes: AxisMap, width: Width, place: Appearance) ->
         )
     unit = torch.from_numpy(unit_of(axes.tensors[place.tensor][place.dim], width.name))
     order = torch.stack([torch.nonzero(unit == u).flatten() for u in range(width.size)])
-    return Reader(path, module, order)
+    return Reader(path, module, dim, order)
 
 
 def _refuse(place: str, seen: str, needed: str) -> None:
@@ -156,7 +160,7 @@ def _read(seen: Seen, path: str, _module: nn.Module, args: Any, kwargs: Any, out
 def _make(seen: Seen, path: str, _module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
     given = _first(args, kwargs)
     if given is not None:
-        seen.doors.append(given.detach().clone())
+        seen.doors.setdefault(path, []).append(given.detach().clone())
     if isinstance(out, Tensor):
         seen.made.setdefault(path, []).append(out.detach().clone())
 
@@ -228,17 +232,32 @@ def real(site: Site, batch: Batch) -> tuple[Seen, dict[str, list[Tensor]]]:
 def check_no_feedback(site: Site, before: Seen, after: Seen) -> None:
     """The makers' inputs must not depend on the units that were replaced.
 
+    A layer that handles each unit by itself (a depthwise convolution) is one more step on the way.
+
     Raises:
         MeasureError: they do, as in a residual stream.
     """
-    pairs = list(zip(before.doors, after.doors, strict=False))
-    same = len(before.doors) == len(after.doors) > 0
-    if not same or not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs):
-        _refuse(
-            site.width.name,
-            "units on which the layers that make them depend (a residual stream, say)",
-            "layers that make the units from others",
-        )
+    for path, doors in before.doors.items():
+        others = after.doors.get(path, [])
+        same = len(doors) == len(others) and all(map(_alike, doors, others))
+        if not same and not _passes(site, path):
+            _refuse(
+                site.width.name,
+                f"units on which '{path}', which makes them, depends (a residual stream, say)",
+                "layers that make the units from others",
+            )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def _passes(site: Site, path: str) -> bool:
+    """Whether a maker's own input has the width, and it reads no unit but the one it makes."""
+    entering = [
+        leaf.name for dims in site.axes.modules[path].inputs for e in dims for leaf in leaves(e)
+    ]
+    return site.width.name in entering and path not in {reader.path for reader in site.readers}
 
 
 # --- comparing -----------------------------------------------------------------------------------
@@ -275,7 +294,7 @@ def reader_gradients(site: Site, seen: Seen, gradients: Mapping[str, Sequence[Te
             with torch.enable_grad():
                 out = functional_call(reader.module, {"weight": weight}, (given,))
             total = total + torch.autograd.grad(out, weight, grad)[0]
-        columns = total.movedim(1, 0)[reader.order.to(total.device).flatten()]
+        columns = total.movedim(reader.dim, 0)[reader.order.to(total.device).flatten()]
         parts.append(columns.reshape(len(reader.order), -1).cpu().double())
     every = torch.cat(parts, 1)
     return every[:, _sample(every.shape[1], _ENTRIES)]
