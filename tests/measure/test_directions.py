@@ -96,6 +96,7 @@ def test_the_best_candidate_is_the_one_brute_force_finds(
 ) -> None:
     """Each candidate is really added, and backward gives its columns; answers by least squares."""
     monkeypatch.setattr(directions, "_POOL", 7)
+    monkeypatch.setattr(directions, "_RIDGE", 1e-9)  # brute force has none
     model, batches, at = built(net)
     axes = map_axes(model, batches[0][:1])
     site = site_of(model, loss_fn, axes, at)
@@ -105,7 +106,8 @@ def test_the_best_candidate_is_the_one_brute_force_finds(
         rows = directions._rows(site, pool, [candidate])
         worth.append(_worth(model, batches, at, rows, size))
     chosen = growth_directions(model, loss_fn, batches, axes, at, 1)
-    assert _worth(model, batches, at, chosen, size) >= 0.9 * max(worth)
+    worth = [value for value in worth if value == value]  # a candidate may be silent on the data
+    assert _worth(model, batches, at, chosen, size) >= 0.99 * max(worth)
     assert max(worth) > 1.2 * sorted(worth)[len(worth) // 2]
 
 
