@@ -16,7 +16,8 @@ from benchmarks.operations.task import (
     mlp,
 )
 
-from neuroexapt import Widen, apply, growth_directions, map_axes
+from neuroexapt import Widen, apply, map_axes
+from neuroexapt.measure import growth_directions
 
 
 def nothing(_moment: Moment) -> None:

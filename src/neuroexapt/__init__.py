@@ -17,7 +17,6 @@ from neuroexapt.edit import (
 )
 from neuroexapt.errors import NeuroExaptError
 from neuroexapt.guard import apply, transaction
-from neuroexapt.measure import growth_directions
 from neuroexapt.plan import Budget, Settings
 from neuroexapt.train import Evolver
 
@@ -36,7 +35,6 @@ __all__ = [
     "Settings",
     "Widen",
     "apply",
-    "growth_directions",
     "map_axes",
     "transaction",
 ]

@@ -8,15 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests import zoo
-from tests.laws.world import NAMES, calm, changes, difference, mapped, outputs, snapshot
+from tests.laws.world import NAMES, calm, difference, mapped, outputs
 from torch import Tensor, nn
 
-from neuroexapt import Widen, apply, growth_directions, map_axes
+from neuroexapt import Widen, apply, map_axes
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.errors import MeasureError
 from neuroexapt.guard import transaction
-from neuroexapt.measure import directions
+from neuroexapt.measure import directions, growth_directions
 from neuroexapt.measure.newcomers import reader_gradients, real, site_of
+from neuroexapt.testing import changes, snapshot
 
 Batch = tuple[Tensor, Tensor]
 

@@ -44,7 +44,7 @@ class Widen(Edit):
     the second step on (one that a ReLU shuts on all data stays still, as any random unit may).
     With ``"split"`` they are copies of old units, and the readers share out, in unequal parts,
     what they took from one. ``rows`` gives incoming weights that were chosen by data (see
-    :func:`neuroexapt.growth_directions`); outgoing ones are zero then.
+    :func:`neuroexapt.measure.growth_directions`); outgoing ones are zero then.
 
     Where a normaliser mixes over the width, new entries
     sit where they leave its statistics alone: at the mean of their siblings for LayerNorm, at
