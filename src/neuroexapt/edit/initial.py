@@ -80,7 +80,7 @@ def _row_error(place: str, seen: str, needed: str) -> EditError:
         place,
         seen=seen,
         needed=needed,
-        next_step="take rows from `neuroexapt.measure.growth_directions`, for as many units as are added",
+        next_step="take rows of `neuroexapt.measure.growth_directions` for the units added",
     )
 
 
