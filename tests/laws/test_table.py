@@ -12,7 +12,16 @@ from functools import cache
 import pytest
 from torch import nn
 
-from neuroexapt import AxisMap, InsertConv, InsertResidual, Narrow, PruneWeights, RemoveLayer, Widen
+from neuroexapt import (
+    AddRegularization,
+    AxisMap,
+    InsertConv,
+    InsertResidual,
+    Narrow,
+    PruneWeights,
+    RemoveLayer,
+    Widen,
+)
 from neuroexapt.edit import Edit, registered
 from neuroexapt.testing import Row, check_cell
 from tests import zoo
@@ -34,6 +43,13 @@ def paths(axes: AxisMap, model: nn.Module) -> list[str]:
     return [*blocks, *(path for path in inner if path not in blocks), ""]
 
 
+def spans(axes: AxisMap) -> list[Edit]:
+    """Residual connections over several modules, the farthest ends first."""
+    order = [path for path in axes.modules if path]
+    ends = [(first, last) for first in order for last in reversed(order) if first != last]
+    return [InsertResidual(first, to=last) for first, last in ends]
+
+
 OPERATIONS: dict[str, Choice] = {
     "Widen": lambda axes, model: [Widen(name, by=2) for name in widths(axes)],
     "Narrow": lambda axes, model: [Narrow(name, by=1) for name in widths(axes)],
@@ -41,6 +57,14 @@ OPERATIONS: dict[str, Choice] = {
     "InsertConv": lambda axes, model: [InsertConv(path) for path in paths(axes, model)],
     "RemoveLayer": lambda axes, model: [RemoveLayer(path) for path in paths(axes, model)],
     "InsertResidual": lambda axes, model: [InsertResidual(path) for path in paths(axes, model)],
+    "InsertResidual of several modules": lambda axes, model: spans(axes),
+    "AddRegularization of dropout": lambda axes, model: [
+        AddRegularization(path, "dropout", 0.3) for path in paths(axes, model)
+    ],
+    "AddRegularization of depth": lambda axes, model: [
+        AddRegularization(path, "stochastic_depth", 0.3) for path in paths(axes, model)
+    ],
+    "AddRegularization of weights": lambda axes, model: [AddRegularization("", "weight_decay")],
 }
 
 NO_IMAGES = ("gpt", "mlp", "llama", "shared_module", "encoder_layer", "lstm", "gru", "bert")
@@ -52,6 +76,10 @@ REFUSED |= {
     ("RemoveLayer", name): "an input in the shape of the output"
     for name in ("hardcoded_flatten", "pixel_shuffle_net", "lstm", "graph_net")
 }
+NO_STREAM = ("reference_cnn", "small_cnn", "densenet", "unet", "mlp", "groupnorm_cnn", "conv1d_net")
+NO_STREAM += ("conv3d_net", "shared_module", "hardcoded_flatten", "vae", "pixel_shuffle_net")
+NO_STREAM += ("inception_branches", "lstm", "gru", "moe", "generator", "graph_net")
+REFUSED |= {("AddRegularization of depth", name): "a sum with the stream" for name in NO_STREAM}
 
 
 @cache

@@ -18,7 +18,7 @@ from neuroexapt.edit.doors import ROOT, door_of
 from neuroexapt.edit.graft import THEN
 from neuroexapt.edit.patch import AttributeEdit, Decay, Insertion, Patch, Removal
 from neuroexapt.edit.places import runs_of
-from neuroexapt.edit.stream import branches_near, is_map, joins_stream, sample_dim
+from neuroexapt.edit.stream import Flow, branches_near, is_map, joins_stream, sample_dim
 from neuroexapt.errors import EditError
 
 _DROPOUTS = {0: nn.Dropout, 1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}
@@ -247,12 +247,13 @@ class AddRegularization(Edit):
 
     def _depth(self, axes: AxisMap) -> ChanceSpec:
         self._outputs(axes)
-        problem = joins_stream(axes, self.at)
+        flow = Flow(axes.traces[0])
+        problem = joins_stream(flow, self.at)
         dim = sample_dim(axes, self.at)
         if not problem and dim is None:
             problem = "an output without a dimension that counts the samples of the batch"
         if problem or dim is None:
-            near = ", ".join(f"'{path}'" for path in [*branches_near(axes, self.at)][:4])
+            near = ", ".join(f"'{path}'" for path in [*branches_near(flow, self.at)][:4])
             raise EditError(
                 self.at or ROOT,
                 seen=problem,

@@ -101,13 +101,12 @@ class Flow:
         return {tensor for tensor, _ in found if tensor.dtype.is_floating_point}
 
 
-def joins_stream(axes: AxisMap, path: str) -> str:
+def joins_stream(flow: Flow, path: str) -> str:
     """Why a module's output is not the branch of a residual connection; empty if it is.
 
     It is, if at every run it goes nowhere but into a sum whose other side is the stream: a tensor
     that the branch was computed from, or a linear shortcut of one.
     """
-    flow = Flow(axes.traces[0])
     for run in flow.trace.runs:
         problem = _branch_problem(flow, run) if run.path == path else ""
         if problem:
@@ -152,13 +151,14 @@ def _sum_problem(flow: Flow, start: TensorRef, ref: TensorRef, call: Call, numbe
     return f"a sum whose other side is no stream that this is a branch of ({call.place})"
 
 
-def branches_near(axes: AxisMap, path: str) -> Iterator[str]:
+def branches_near(flow: Flow, path: str) -> Iterator[str]:
     """Paths of residual branches inside a module, else beside it."""
     parent = path.rpartition(".")[0]
-    inside = [p for p in axes.modules if p.startswith(f"{path}.") or not path]
-    beside = [p for p in axes.modules if p.startswith(f"{parent}.") or not parent]
+    paths = dict.fromkeys(run.path for run in flow.trace.runs)
+    inside = [p for p in paths if p.startswith(f"{path}.") or not path]
+    beside = [p for p in paths if p.startswith(f"{parent}.") or not parent]
     for group in (inside, beside):
-        found = [p for p in group if p and not joins_stream(axes, p)]
+        found = [p for p in group if p and not joins_stream(flow, p)]
         if found:
             yield from found
             return

@@ -57,8 +57,15 @@ def _module(path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"module '{path}' {name}", _plain(value)
 
 
+def _held(hook: object) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in getattr(hook, "__dict__", {}).items()}
+
+
 def _optimizer(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
     yield "groups", id(optimizer.param_groups)
+    for kind in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        hooks = getattr(optimizer, kind, {}).items()
+        yield kind, [(key, id(hook), _held(hook)) for key, hook in hooks]
     for number, group in enumerate(optimizer.param_groups):
         yield f"group {number} params", [id(p) for p in group["params"]]
         rest = {key: _plain(value) for key, value in group.items() if key != "params"}
