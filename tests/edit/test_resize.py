@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt import Narrow, Widen, apply, map_axes
-from neuroexapt.couple import Expr, Leaf, Product, Sum
-from neuroexapt.edit import DimEdit, Scaling, WidthStep, resized, unit_sums
+from neuroexapt.couple import Expr, Leaf, Product, Sum, unit_sums
+from neuroexapt.edit import DimEdit, Scaling, WidthStep, resized
 from neuroexapt.edit.base import units_of
-from neuroexapt.edit.narrow import best, group_norm
+from neuroexapt.edit.importance import unit_norms
+from neuroexapt.edit.narrow import best
 
 C = Leaf("c", 3)
 EXPRS: dict[str, tuple[Expr, int]] = {
@@ -186,7 +187,7 @@ def test_group_norm_weighs_makers_and_readers_alike() -> None:
     axes = map_axes(net, (torch.ones(3, 2),))
     tensors = dict(net.named_parameters())
     expected = [1.5**0.5, 1.5**0.5, 3**0.5]
-    assert group_norm(axes, axes.one("0"), tensors) == pytest.approx(expected)
+    assert unit_norms(axes, axes.one("0"), tensors) == pytest.approx(expected)
 
 
 # --- what Widen draws ----------------------------------------------------------------------------

@@ -11,15 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from neuroexapt import map_axes
 from neuroexapt.measure import (
     activations,
     count_flops,
     count_parameters,
     evaluate,
+    gate_slopes,
     gradients,
     layers,
+    reader_inputs,
     tensor_bytes,
     undisturbed,
+    unit_scores,
 )
 
 
@@ -80,6 +84,7 @@ def shuffled() -> torch.utils.data.DataLoader[Tensor]:
     return torch.utils.data.DataLoader(rows, batch_size=8, shuffle=True)
 
 
+AXES = map_axes(restless(), (BATCHES[0],))
 MEASUREMENTS: dict[str, Callable[[nn.Module], object]] = {
     "gradients": lambda model: list(gradients(model, loss_fn, BATCHES)),
     "gradients, shuffled": lambda model: list(gradients(model, loss_fn, shuffled())),
@@ -90,6 +95,9 @@ MEASUREMENTS: dict[str, Callable[[nn.Module], object]] = {
     "activations, shuffled": lambda model: activations(
         model, loss_fn, shuffled(), ["inner"], channel_dim={}
     ),
+    "gate_slopes": lambda model: gate_slopes(model, loss_fn, BATCHES, AXES),
+    "reader_inputs": lambda model: reader_inputs(model, loss_fn, BATCHES, AXES, products=True),
+    "unit_scores": lambda model: unit_scores(model, loss_fn, BATCHES, AXES, "fisher"),
     "evaluate": lambda model: evaluate(model, loss_fn, BATCHES),
     "evaluate, shuffled": lambda model: evaluate(model, loss_fn, shuffled()),
     "count_flops": lambda model: count_flops(model, BATCHES[0]),
@@ -156,8 +164,8 @@ def test_a_measurement_changes_nothing(
 def test_a_measurement_that_fails_half_way_changes_nothing(name: str, call: int) -> None:
     """An exception out of the model, in the first or a later batch, leaves everything as it was."""
     model = restless()
-    # Buffers are restored between the items of `gradients`, so only its first call can be counted.
-    model.fails_at = 1 if name.startswith("gradients") else call
+    # Buffers are restored between the items of `gradients`: only its first call can be counted.
+    model.fails_at = 1 if name.startswith(("gradients", "gate_slopes")) else call
     before = state_of(model)
     with pytest.raises(ValueError, match="half-way"):
         MEASUREMENTS[name](model)

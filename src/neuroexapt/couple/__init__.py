@@ -26,8 +26,10 @@ from neuroexapt.couple.index import (
     size_of,
     source_index,
     unit_of,
+    unit_sums,
 )
 from neuroexapt.couple.mapping import map_axes
+from neuroexapt.couple.readers import Reader, Reading, find_readers, first_names, passed_on, reading
 from neuroexapt.couple.site import rule
 
 __all__ = [
@@ -41,14 +43,21 @@ __all__ = [
     "Pinned",
     "Positions",
     "Product",
+    "Reader",
+    "Reading",
     "Side",
     "Sum",
     "Width",
+    "find_readers",
+    "first_names",
     "leaves",
     "map_axes",
+    "passed_on",
+    "reading",
     "resize_expr",
     "rule",
     "size_of",
     "source_index",
     "unit_of",
+    "unit_sums",
 ]

@@ -8,7 +8,9 @@ from math import prod
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Positions: TypeAlias = NDArray[np.int64]
 
@@ -133,3 +135,19 @@ def unit_of(expr: Expr, name: str) -> Positions:
     for inner in parts[1:]:
         unit = np.maximum(unit[:, None], inner[None, :]).reshape(-1)
     return unit
+
+
+def unit_sums(values: Tensor, expr: Expr, width: str, dim: int, units: int) -> Tensor:
+    """Sums of a tensor's entries per unit of a width along one dimension; shape (units,).
+
+    Example:
+        >>> expr = Product((Leaf("c", 2), Leaf("hw", 2)))
+        >>> unit_sums(torch.tensor([[1., 2., 3., 4.]]), expr, "c", 1, 2)
+        tensor([3., 7.])
+    """
+    unit: Positions = unit_of(expr, width)
+    other = [d for d in range(values.dim()) if d != dim]
+    flat = values.sum(dim=other) if other else values
+    on = torch.from_numpy(np.flatnonzero(unit >= 0)).to(values.device)
+    where = torch.from_numpy(unit[unit >= 0]).to(values.device)
+    return flat.new_zeros(units).index_add_(0, where, flat[on])

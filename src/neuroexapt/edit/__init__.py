@@ -14,8 +14,9 @@ from neuroexapt.edit.graft import (
     is_branch,
     original_class,
 )
+from neuroexapt.edit.importance import unit_norms
 from neuroexapt.edit.insert import InsertConv
-from neuroexapt.edit.narrow import Narrow, group_norm
+from neuroexapt.edit.narrow import Narrow
 from neuroexapt.edit.patch import (
     AttributeEdit,
     Decay,
@@ -35,7 +36,7 @@ from neuroexapt.edit.regrow import RegrowWeights
 from neuroexapt.edit.regularize import AddRegularization, StochasticDepth
 from neuroexapt.edit.remove import RemoveLayer
 from neuroexapt.edit.residual import InsertResidual
-from neuroexapt.edit.resize import folded, resized, unit_sums
+from neuroexapt.edit.resize import folded, resized
 from neuroexapt.edit.sparsity import drop_fraction, sparsity_at
 from neuroexapt.edit.widen import Widen
 
@@ -72,7 +73,6 @@ __all__ = [
     "folded",
     "free_name",
     "grafted_class",
-    "group_norm",
     "is_branch",
     "kind_named",
     "original_class",
@@ -80,7 +80,7 @@ __all__ = [
     "registered",
     "resized",
     "sparsity_at",
-    "unit_sums",
+    "unit_norms",
 ]
 
 for _kind in (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import lcm
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -19,8 +21,9 @@ from neuroexapt.edit.base import (
     one_of_to_and_by,
     units_of,
 )
-from neuroexapt.edit.patch import DimEdit, Drawing, Patch, WidthStep, query_scalings
-from neuroexapt.edit.resize import unit_sums
+from neuroexapt.edit.compensate import Given, compensate
+from neuroexapt.edit.importance import SCORES, unit_norms
+from neuroexapt.edit.patch import DimEdit, Drawing, Patch, Rewrite, WidthStep, query_scalings
 from neuroexapt.errors import EditError
 
 
@@ -34,12 +37,22 @@ class Narrow(Edit):
 
     Args:
         at: module path (its output width), a width's name, or a glob over both. With a glob
-            a width of one unit stays as it is.
+            a width of one unit stays as it is, and one that has the minimum already.
         to: the new size.
         by: number of units to remove (int) or fraction of the present size (float); exactly
             one of ``to`` and ``by``.
-        scores: per width name one score a unit, higher is more important. Widths without
-            scores are ranked by the group norm of all coupled weights.
+        scores: per width name one score a unit, higher is more important; see
+            :func:`neuroexapt.measure.unit_scores` for scores from data.
+        score: how the widths without ``scores`` are ranked: ``"l2"`` or ``"l1"`` norm of all
+            coupled weights, or ``"random"``.
+        seed: of the random score.
+        multiple_of: the new size is rounded up to a multiple of this (hardware likes 8 or 64),
+            unless ``to`` was given for a single width, which must be one already.
+        minimum: no width gets fewer units than this.
+        means: what readers are given on average, from :func:`neuroexapt.measure.reader_inputs`:
+            the removed units' mean goes into the biases (or running means) behind their readers.
+        products: from the same function: readers are fitted anew by least squares.
+        ridge: how strongly that fit is held to the old weights, beside the mean square of an input.
 
     Raises:
         UnknownPlaceError, PinnedError, EditError: from :meth:`plan`.
@@ -53,13 +66,21 @@ class Narrow(Edit):
         >>> net[0].weight.shape, net[2].weight.shape, done.parameters_after
         (torch.Size([6, 4]), torch.Size([2, 6]), 44)
 
-    Fang et al. 2023 (DepGraph) for the group norm over coupled tensors.
+    Fang et al. 2023 (DepGraph) for the group norm over coupled tensors; He et al. 2017 for least
+    squares.
     """
 
     at: str
     to: int | None = None
     by: int | float | None = None
     scores: Mapping[str, Sequence[float]] = field(default_factory=dict, hash=False)
+    score: str = "l2"
+    seed: int = 0
+    multiple_of: int = 1
+    minimum: int = 1
+    means: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    products: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    ridge: float = 1e-3
 
     @property
     def place(self) -> str:
@@ -71,6 +92,7 @@ class Narrow(Edit):
         widths, missing = found_widths(axes, self.at)
         problems += missing
         problems += [_no_width(name) for name in self.scores if name not in axes.widths]
+        problems += self._bad_settings(axes)
         for width in widths if not problems else ():
             try:
                 self._new_size(width)
@@ -91,7 +113,7 @@ class Narrow(Edit):
                 continue
             scores = self.scores.get(width.name)
             if scores is None:
-                scores = group_norm(axes, width, tensors)
+                scores = unit_norms(axes, width, tensors, self.score, self.seed)
             step = _step(drawing, drawing.width(width.name), best(scores, size))
             drawing.record(step)
             steps.append(step)
@@ -103,38 +125,70 @@ class Narrow(Edit):
                 next_step="name another width; see `map_axes(...).widths`",
             )
         sizes = ", ".join(f"{s.width} to {len(s.positions)}" for s in steps)
+        rewrites, told = tuple[Rewrite, ...](), ""
+        if self.means:
+            given = Given(self.means, self.products, self.ridge)
+            rewrites, told = compensate(axes, tensors, steps, given)
         return Patch(
             self,
             "approximate",
-            f"narrow {sizes}",
+            f"narrow {sizes}" + (f"; {told}" if told else ""),
             tuple(steps),
             attributes=drawing.attributes(axes),
+            rewrites=rewrites,
         )
 
     def _new_size(self, width: Width) -> int:
-        several = is_glob(self.at)
-        if self.to is None:
-            removed = units_of(self.at, self.by, width.size)
-            size = width.size - removed
-            if several or isinstance(self.by, float):
-                size = -(-size // width.multiple) * width.multiple
-            if several:
-                return max(1, size)
-        else:
-            size = self.to
-            if several and size >= width.size >= 1 and size >= 1:
+        """The size it gets; its present one where a glob leaves it alone."""
+        several, unit = is_glob(self.at), lcm(width.multiple, int(self.multiple_of))
+        size, least = self.to, max(1, int(self.minimum))
+        if size is None:
+            size = width.size - units_of(self.at, self.by, width.size)
+        if (several and self.to is None) or isinstance(self.by, float) or self._rounds(several):
+            size, least = (-(-number // unit) * unit for number in (size, least))
+        if several and (self.to is None or size >= 1):
+            size = max(size, least)
+            if size >= width.size:
                 return width.size
-        if not 1 <= size < width.size:
+        if not least <= size < width.size:
             raise EditError(
                 self.at,
                 seen=f"to={self.to}" if self.to is not None else f"by={self.by} leaving {size}",
-                needed=f"at least 1 and fewer than the present size of '{width.name}', "
+                needed=f"at least {least} and fewer than the present size of '{width.name}', "
                 f"{width.size}",
-                next_step=f"use to={max(1, width.size // 2)}, or remove the whole layer",
+                next_step=_another_size(width, least),
             )
         if size % width.multiple:
             raise not_a_multiple(width, size)
+        if size % unit:
+            raise _uneven(self, width, size, unit)
         return size
+
+    def _rounds(self, several: bool) -> bool:
+        return self.multiple_of > 1 and (several or self.to is None)
+
+    def _bad_settings(self, axes: AxisMap) -> list[EditError]:
+        names = f"one of {', '.join(SCORES)}"
+        wrong = [] if self.score in SCORES else [_wrong("score", self.score, names, SCORES[0])]
+        for name in ("multiple_of", "minimum"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                wrong.append(_wrong(name, value, "a whole number of at least 1", 1))
+        if not isinstance(self.ridge, Real) or not 0 < self.ridge < float("inf"):
+            wrong.append(_wrong("ridge", self.ridge, "a positive number", 1e-3))
+        strange = [name for name in (*self.means, *self.products) if name not in axes.tensors]
+        lone = [name for name in self.products if name not in self.means]
+        for name in dict.fromkeys((*strange, *lone)):
+            seen = "means or products for" if name in strange else "products without means for"
+            wrong.append(
+                EditError(
+                    name,
+                    seen=f"{seen} '{name}'",
+                    needed="both by the names of this model's weights",
+                    next_step="take them from `neuroexapt.measure.reader_inputs` on this model",
+                )
+            )
+        return wrong
 
     def _check_scores(self, width: Width) -> None:
         scores = self.scores.get(width.name)
@@ -148,6 +202,29 @@ class Narrow(Edit):
                 needed=f"{width.size} finite scores, one a unit",
                 next_step="pass one number for each unit of the width",
             )
+
+
+def _wrong(name: str, value: object, needed: str, example: object) -> EditError:
+    return EditError(
+        name, seen=f"{name}={value!r}", needed=needed, next_step=f"use {name}={example!r}"
+    )
+
+
+def _another_size(width: Width, least: int) -> str:
+    half = max(least, width.size // 2)
+    if half < width.size:
+        return f"use to={half}, or remove the whole layer"
+    return "lower `minimum` and `multiple_of`, or remove the whole layer"
+
+
+def _uneven(edit: Narrow, width: Width, size: int, unit: int) -> EditError:
+    low = size // unit * unit
+    return EditError(
+        width.name,
+        seen=f"a size of {size}",
+        needed=f"a multiple of {unit} (multiple_of={edit.multiple_of})",
+        next_step=f"use to={low or unit}, or give `by`, which is rounded",
+    )
 
 
 def _no_width(name: str) -> EditError:
@@ -181,21 +258,3 @@ def _step(drawing: Drawing, width: Width, positions: tuple[int, ...]) -> WidthSt
         for place in width.appearances
     )
     return WidthStep(width.name, positions, dims, query_scalings(width, len(positions)))
-
-
-def group_norm(axes: AxisMap, width: Width, tensors: Mapping[str, Tensor]) -> list[float]:
-    """Root of the squared weights of each unit over all tensors that make or read it.
-
-    Each tensor's share is divided by its mean over units, so that no tensor rules by its size.
-    """
-    total = torch.zeros(width.size, dtype=torch.float64)
-    for place in width.appearances:
-        if place.roles == {"elementwise"}:
-            continue
-        squares = tensors[place.tensor].detach().abs().double().square().cpu()
-        expr = axes.tensors[place.tensor][place.dim]
-        share = unit_sums(squares, expr, width.name, place.dim, width.size)
-        mean = float(share.mean())
-        if mean > 0:
-            total += share / mean
-    return [float(value) for value in total.sqrt()]

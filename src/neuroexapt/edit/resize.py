@@ -218,23 +218,6 @@ def _means(old: Tensor, dim: int, beside: Sequence[tuple[int, ...]]) -> Tensor:
     return torch.stack([groups[group] for group in beside], dim)
 
 
-def unit_sums(values: Tensor, expr: Expr, width: str, dim: int, units: int) -> Tensor:
-    """Sums of a tensor's entries per unit of a width along one dimension; shape (units,).
-
-    Example:
-        >>> from neuroexapt.couple import Leaf, Product
-        >>> expr = Product((Leaf("c", 2), Leaf("hw", 2)))
-        >>> unit_sums(torch.tensor([[1., 2., 3., 4.]]), expr, "c", 1, 2)
-        tensor([3., 7.])
-    """
-    unit: Positions = unit_of(expr, width)
-    other = [d for d in range(values.dim()) if d != dim]
-    flat = values.sum(dim=other) if other else values
-    on = torch.from_numpy(np.flatnonzero(unit >= 0)).to(values.device)
-    where = torch.from_numpy(unit[unit >= 0]).to(values.device)
-    return flat.new_zeros(units).index_add_(0, where, flat[on])
-
-
 def folded(tensor: Tensor, refold: Refold, *, mean: bool = False) -> Tensor:
     """A new tensor whose positions are sums (or means) over groups of the old ones.
 

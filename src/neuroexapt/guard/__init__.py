@@ -8,6 +8,7 @@ afterwards what still holds the old memory.
 
 from neuroexapt.guard.copies import inner_copies
 from neuroexapt.guard.leaks import Leak, LeakWatch
+from neuroexapt.guard.statistics import reestimate
 from neuroexapt.guard.transaction import Applied, Transaction, apply, inner_module, transaction
 from neuroexapt.guard.trial import Trial
 
@@ -20,5 +21,6 @@ __all__ = [
     "apply",
     "inner_copies",
     "inner_module",
+    "reestimate",
     "transaction",
 ]

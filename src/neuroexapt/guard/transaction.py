@@ -22,6 +22,7 @@ from neuroexapt.guard.copies import inner_copies
 from neuroexapt.guard.ledger import Ledger
 from neuroexapt.guard.memory import activation_bytes, check_room, forecast
 from neuroexapt.guard.optimizer import check_optimizer
+from neuroexapt.guard.statistics import LossFn, renew_statistics
 from neuroexapt.guard.verify import behaviour, verify
 from neuroexapt.guard.writing import write
 
@@ -163,6 +164,18 @@ class Transaction:
         mark = len(self.ledger)
         try:
             write(self.ledger, self.model, self.optimizer, patch)
+        except BaseException:
+            self.ledger.roll_back(to=mark)
+            raise
+
+    def reestimate(self, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[str, ...]:
+        """Measure batch norm statistics anew, as a part of this transaction.
+
+        See :func:`neuroexapt.guard.reestimate`; an error takes back this alone and is raised.
+        """
+        mark = len(self.ledger)
+        try:
+            return renew_statistics(self.ledger, self.model, loss_fn, batches)
         except BaseException:
             self.ledger.roll_back(to=mark)
             raise

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap
 from neuroexapt.edit import Edit
+from neuroexapt.errors import GuardError
+from neuroexapt.guard.statistics import LossFn
 from neuroexapt.guard.storing import Place, stored
 from neuroexapt.guard.transaction import Applied, Transaction
 
@@ -80,6 +82,23 @@ class Trial:
         if before is not None:
             self._keep_the_rest(before)
         return done
+
+    def reestimate(self, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[str, ...]:
+        """Measure batch norm statistics anew, to be taken back with the trial.
+
+        See :func:`neuroexapt.guard.reestimate`.
+
+        Raises:
+            GuardError: no edit is on trial.
+        """
+        if not len(self._transaction.ledger):
+            raise GuardError(
+                "reestimate",
+                seen="a trial without an edit",
+                needed="an edit on trial, to be taken back with it",
+                next_step="apply the edit first, or call neuroexapt.guard.reestimate",
+            )
+        return self._transaction.reestimate(loss_fn, batches)
 
     def keep(self) -> None:
         """End the trial with the edit; the snapshot and the old tensors are released."""

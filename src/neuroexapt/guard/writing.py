@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -66,8 +66,7 @@ def write(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) 
         _insert(ledger, model, optimizer, insertion)
     for masking in patch.maskings:
         set_mask(ledger, model, optimizer, masking)
-    for rewrite in patch.rewrites:
-        _rewrite(ledger, model, rewrite)
+    _rewrite_all(ledger, model, patch.rewrites)
     for decay in patch.decays:
         set_decay(ledger, model, optimizer, decay)
 
@@ -187,6 +186,15 @@ def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: I
         prefix = f"{insertion.module}.{child}".lstrip(".")
         new = {n: p for n, p in branch.named_parameters() if id(p) not in before}
         adopt(ledger, optimizer, {f"{prefix}.{n}": p for n, p in new.items()}, near)
+
+
+def _rewrite_all(ledger: Ledger, model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
+    named = named_tensors(model)
+    recurrent = recurrent_owners(model, [named[rewrite.tensor] for rewrite in rewrites])
+    release(ledger, recurrent)
+    for rewrite in rewrites:
+        _rewrite(ledger, model, rewrite)
+    renew(ledger, recurrent)
 
 
 def _rewrite(ledger: Ledger, model: nn.Module, rewrite: Rewrite) -> None:

@@ -7,6 +7,8 @@ Read `base` first: a `Reading`, and `undisturbed`, the law that measuring change
 - `redundancy`: what the other units already say
 - `removal`: what removing a unit would cost, in nats
 - `weights`: what single weights are worth, and what masked ones would earn
+- `scores`: what each unit of a width is worth, for `Narrow(scores=...)`
+- `inputs`: what the readers of a width are given, for `Narrow(means=...)`
 - `growth`: what new parameters would earn, in nats
 - `directions`: which incoming weights new units should start with
 - `trend`: is the loss still falling; the generalisation gap
@@ -35,6 +37,7 @@ from neuroexapt.measure.directions import growth_directions
 from neuroexapt.measure.flops import flops_of
 from neuroexapt.measure.growth import growth_gain, noise_corrected_norm, slopes
 from neuroexapt.measure.holdout import evaluate
+from neuroexapt.measure.inputs import ReaderInputs, reader_inputs
 from neuroexapt.measure.rank import (
     dead_units,
     duplicate_units,
@@ -46,6 +49,7 @@ from neuroexapt.measure.rank import (
 from neuroexapt.measure.redundancy import read_redundancy, unit_redundancy
 from neuroexapt.measure.removal import removal_loss
 from neuroexapt.measure.sampling import activations, gradients
+from neuroexapt.measure.scores import gate_slopes, unit_scores
 from neuroexapt.measure.trend import (
     Trend,
     generalisation_gap,
@@ -59,6 +63,7 @@ __all__ = [
     "HoldoutScore",
     "LayerRow",
     "LossFn",
+    "ReaderInputs",
     "Reading",
     "Trend",
     "activations",
@@ -71,6 +76,7 @@ __all__ = [
     "effective_rank",
     "evaluate",
     "flops_of",
+    "gate_slopes",
     "generalisation_gap",
     "gradients",
     "growth_directions",
@@ -83,10 +89,12 @@ __all__ = [
     "read_effective_rank",
     "read_plateau_slope",
     "read_redundancy",
+    "reader_inputs",
     "removal_loss",
     "slopes",
     "tensor_bytes",
     "undisturbed",
     "unit_redundancy",
+    "unit_scores",
     "weight_scores",
 ]

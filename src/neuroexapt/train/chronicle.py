@@ -135,5 +135,6 @@ def _model_fields(model: nn.Module, flops: int) -> dict[str, Any]:
 
 
 def _edit_fields(edit: Edit) -> dict[str, Any]:
-    """The edit's settings without the scores, which the readings sum up."""
-    return {f.name: getattr(edit, f.name) for f in fields(edit) if f.name not in ("scores", "rows")}
+    """The edit's settings without what was measured for it, which the readings sum up."""
+    measured = ("scores", "rows", "means", "products")
+    return {f.name: getattr(edit, f.name) for f in fields(edit) if f.name not in measured}

@@ -15,7 +15,7 @@ from neuroexapt.capture import capture
 from neuroexapt.capture.attributes import Attribute
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap, Leaf, Width, leaves, size_of, source_index
-from neuroexapt.edit import Edit, InsertConv, Patch, Widen, is_branch, unit_sums
+from neuroexapt.edit import Edit, InsertConv, Patch, Widen, is_branch
 from neuroexapt.guard import Transaction
 from neuroexapt.measure import (
     Batch,
@@ -24,6 +24,7 @@ from neuroexapt.measure import (
     activations,
     batch_size_of,
     flops_of,
+    gate_slopes,
     gradients,
     growth_gain,
     read_duplicate_units,
@@ -91,32 +92,9 @@ class Surveyor:
 
     def _removal(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Per width the expected loss increase of removing each unit, and its error."""
-        readers = {
-            width.name: [p for p in width.appearances if "consumer" in p.roles]
-            for width in self.axes.widths.values()
-        }
-        trainable = {n for n, p in self.model.named_parameters() if p.requires_grad}
-        only = {p.tensor for places in readers.values() for p in places} & trainable
-        if not only:
-            return {}  # nothing that reads a width is trained: there is nothing to ask
-        sums: dict[str, list[Tensor]] = {name: [] for name in readers}
-        tensors = named_tensors(self.model)
-        for grads in gradients(self.model, self.loss_fn, self.batches, only=only):
-            for name, places in readers.items():
-                units = self.axes.widths[name].size
-                total = torch.zeros(units)
-                for place in places:
-                    if place.tensor in grads:
-                        product = (grads[place.tensor] * tensors[place.tensor].detach()).float()
-                        expr = self.axes.tensors[place.tensor][place.dim]
-                        total += unit_sums(product, expr, name, place.dim, units).cpu()
-                sums[name].append(total)
         size = batch_size_of(self.batches[0])
-        return {
-            name: removal_loss(torch.stack(rows), size)
-            for name, rows in sums.items()
-            if readers[name]
-        }
+        slopes_MU = gate_slopes(self.model, self.loss_fn, self.batches, self.axes)
+        return {name: removal_loss(rows_MU, size) for name, rows_MU in slopes_MU.items()}
 
     def _activations(self) -> dict[str, Tensor]:
         """Per width the outputs of the module that makes it, where one dimension is the width."""
