@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -12,9 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from neuroexapt import AxisMap, InsertConv, InsertResidual, Narrow, Widen, apply, map_axes
+from neuroexapt import (
+    AxisMap,
+    InsertConv,
+    InsertResidual,
+    Narrow,
+    Widen,
+    apply,
+    map_axes,
+    transaction,
+)
 from neuroexapt.couple import unit_of
 from neuroexapt.edit import Edit
+from neuroexapt.errors import GuardError
+from neuroexapt.testing import changes, snapshot
 
 Make = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
@@ -34,6 +46,7 @@ OPTIMIZERS: dict[str, Make] = {
     "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
     "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.05, t0=3),
 }
 
 
@@ -201,18 +214,150 @@ def test_new_units_do_not_leap(optimizer: str) -> None:
     assert moves[:, 10:].max() <= 4 * moves[:, :10].max()
 
 
+class Odd(torch.optim.SGD):
+    """Keeps a vector of its own for every parameter."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("odd", torch.zeros(7))
+        return super().step(closure)
+
+
 def test_state_of_another_shape_is_reset_with_a_warning() -> None:
-    """Factored state cannot follow: it starts anew, is named, and training goes on."""
+    """What cannot follow starts anew, is named, and training goes on."""
     model = build("mlp")
-    made = torch.optim.Adafactor(model.parameters())
+    made = Odd(model.parameters(), lr=0.1)
     run("mlp", model, made, range(3))
-    with pytest.warns(UserWarning, match="row_var") as caught:
+    with pytest.warns(UserWarning, match="odd") as caught:
         apply(model, Widen("2", by=4), batch("mlp", 0)[:1], optimizer=made)
     told = " ".join(str(warning.message) for warning in caught)
     assert "'2.weight'" in told
     assert "'4.weight'" in told
-    assert model.get_parameter("2.bias") in made.state
     run("mlp", model, made, range(3, 6))
+
+
+def test_factored_moments_follow_along_the_dimensions_they_have() -> None:
+    """Adafactor's means over rows and columns: old ones stay, new ones are their mean."""
+    model = build("mlp")
+    made = torch.optim.Adafactor(model.parameters())
+    run("mlp", model, made, range(3))
+    old = {n: copy.deepcopy(made.state[p]) for n, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply(model, Widen("2", by=4), batch("mlp", 0)[:1], optimizer=made)
+    makers, readers = (made.state[model.get_parameter(n)] for n in ("2.weight", "4.weight"))
+    assert torch.equal(makers["row_var"][:10], old["2.weight"]["row_var"])
+    mean = old["2.weight"]["row_var"].mean()
+    torch.testing.assert_close(makers["row_var"][10:], mean.expand(4, 1))
+    assert torch.equal(makers["col_var"], old["2.weight"]["col_var"])
+    assert readers["col_var"].shape == (1, 14)
+    assert torch.equal(readers["row_var"], old["4.weight"]["row_var"])
+    losses = run("mlp", model, made, range(3, 9))
+    assert all(loss < 10 for loss in losses)
+
+
+# --- several optimizers, and kinds of parameters -------------------------------------------------
+
+
+def muon_and_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Matrices to one, the rest to the other, as Muon's users do."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() != 2]
+    return [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(rest, lr=0.01)]
+
+
+@pytest.mark.parametrize(
+    "edit", [Widen("2", by=4), Narrow("0", by=2), InsertResidual("2")], ids=repr
+)
+def test_two_optimizers_go_along_together(edit: Edit) -> None:
+    """Each keeps its own parameters, state of their shape, and trains on; rolled back, both do."""
+    model, args = build("mlp"), batch("mlp", 0)[:1]
+    made = muon_and_adamw(model)
+    for step in range(3):
+        both_step("mlp", model, made, step)
+    before = snapshot(model, made[0]), snapshot(model, made[1])
+    tx = transaction(model, made)
+    tx.apply(edit, args)
+    held = [id(p) for o in made for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    for one, dims in zip(made, ({2}, {1}), strict=True):
+        assert {p.dim() for g in one.param_groups for p in g["params"]} == dims
+        for parameter, state in one.state.items():
+            shapes = {v.shape for v in state.values() if isinstance(v, Tensor) and v.dim()}
+            assert shapes <= {parameter.shape}
+    tx.roll_back()
+    assert not changes(before[0], snapshot(model, made[0]))
+    assert not changes(before[1], snapshot(model, made[1]))
+    apply(model, edit, args, optimizer=made)
+    for step in range(3, 6):
+        both_step("mlp", model, made, step)
+
+
+def both_step(net: str, model: nn.Module, made: list[torch.optim.Optimizer], step: int) -> None:
+    """One step of every optimizer."""
+    x, target = batch(net, step)
+    for optimizer in made:
+        optimizer.zero_grad()
+    (model(x) - target).square().mean().backward()
+    for optimizer in made:
+        optimizer.step()
+
+
+def test_narrowing_with_two_optimizers_is_each_for_its_own() -> None:
+    """Against a masked big model, where both are element by element."""
+    model, dead = build("mlp"), NETS["mlp"][2]
+    parts = list(model.parameters())
+    big = [torch.optim.Adam(parts[:3], lr=0.01), torch.optim.SGD(parts[3:], lr=0.05, momentum=0.9)]
+    for step in range(5):
+        both_step("mlp", model, big, step)
+    hold(model, alive("mlp"))
+    small, carried = copy.deepcopy((model, big))
+    for width, gone in dead.items():
+        size = axes_of("mlp").widths[width].size
+        scores = {width: [float(unit not in gone) for unit in range(size)]}
+        edit = Narrow(width, to=size - len(gone), scores=scores)
+        apply(small, edit, batch("mlp", 0)[:1], optimizer=carried)
+    for step in range(5, 25):
+        both_step("mlp", small, carried, step)
+        x, target = batch("mlp", step)
+        for optimizer in big:
+            optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        for name, mask in alive("mlp").items():
+            model.get_parameter(name).grad.mul_(mask)  # type: ignore[union-attr]
+        for optimizer in big:
+            optimizer.step()
+        hold(model, alive("mlp"))
+    x = batch("mlp", 99)[0]
+    torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-12)
+
+
+def test_new_vectors_join_the_group_without_decay() -> None:
+    """Groups by kind: gate and bias of an inserted branch are not decayed, its matrix is."""
+    model = build("mlp")
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    made = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+    apply(model, InsertResidual("2"), batch("mlp", 0)[:1], optimizer=made)
+    decayed, free = (group["params"] for group in made.param_groups)
+    assert [p.dim() for p in decayed] == [2] * 4
+    assert [p.dim() for p in free] == [1] * 5
+    assert {id(p) for p in [*decayed, *free]} == {id(p) for p in model.parameters()}
+
+
+def test_what_an_optimizer_cannot_train_is_refused() -> None:
+    """Muon alone and a gate; two for one parameter; those with a history of their own."""
+    model, args = build("mlp"), batch("mlp", 0)[:1]
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    with pytest.raises(GuardError, match="Muon trains those alone"):
+        apply(model, InsertResidual("2"), args, optimizer=torch.optim.Muon(matrices))
+    twice = [torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.Adam(matrices)]
+    with pytest.raises(GuardError, match="3 parameters that two of them train"):
+        apply(model, Widen("2", by=1), args, optimizer=twice)
+    for made in (torch.optim.LBFGS(model.parameters()), torch.optim.SparseAdam(matrices)):
+        with pytest.raises(GuardError, match="not LBFGS, not SparseAdam"):
+            apply(model, Widen("2", by=1), args, optimizer=made)
 
 
 # --- groups and schedules ------------------------------------------------------------------------
@@ -252,10 +397,28 @@ def test_new_parameters_join_the_group_of_their_neighbour(
         assert group.get("param_names") == (names if named else None)
 
 
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]] = {
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
-    "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.95),
+    "step": lambda o: lr_scheduler.StepLR(o, 2),
+    "multi_step": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
+    "constant": lambda o: lr_scheduler.ConstantLR(o, total_iters=5),
+    "linear": lambda o: lr_scheduler.LinearLR(o, total_iters=6),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, total_iters=9),
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=10),
+    "warm_restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=5),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3),
+    "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [lr_scheduler.LinearLR(o, total_iters=3), lr_scheduler.LambdaLR(o, lambda step: 0.9**step)],
+        milestones=[3],
+    ),
+    "swa": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=6),
 }
 
 
@@ -278,4 +441,19 @@ def test_schedules_go_on(scheduler: str, edit: Edit) -> None:
             seen.append([(group["lr"], group["momentum"]) for group in made.param_groups])
         rates.append(seen)
     assert rates[0] == rates[1]
-    assert len({str(step) for step in rates[0]}) > 4
+    assert len({str(step) for step in rates[0]}) > 1
+
+
+@pytest.mark.parametrize("edit", [Widen("0", by=2), Narrow("3", by=1), InsertConv("2")], ids=repr)
+def test_a_plateau_is_still_noticed(edit: Edit) -> None:
+    """ReduceLROnPlateau counts on through an edit, for every group."""
+    model = build("conv")
+    groups = list(model.parameters())
+    made = torch.optim.SGD([{"params": groups[:4]}, {"params": groups[4:]}], 0.1)
+    schedule = lr_scheduler.ReduceLROnPlateau(made, patience=3, min_lr=[0.001, 0.002])
+    for step in range(6):
+        if step == 2:
+            apply(model, edit, batch("conv", 0)[:1], optimizer=made)
+        run("conv", model, made, range(step, step + 1))
+        schedule.step(1.0)
+    assert [group["lr"] for group in made.param_groups] == pytest.approx([0.01, 0.01])

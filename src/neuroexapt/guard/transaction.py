@@ -22,6 +22,7 @@ from neuroexapt.guard.copies import inner_copies
 from neuroexapt.guard.ledger import Ledger
 from neuroexapt.guard.memory import activation_bytes, check_room, forecast
 from neuroexapt.guard.optimizer import check_optimizer
+from neuroexapt.guard.several import Optimizers, as_one
 from neuroexapt.guard.statistics import LossFn, renew_statistics
 from neuroexapt.guard.verify import behaviour, verify
 from neuroexapt.guard.writing import write
@@ -62,7 +63,7 @@ class Transaction:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers = None,
         *,
         copies: Iterable[nn.Module] = (),
         memory: int | None = None,
@@ -70,10 +71,10 @@ class Transaction:
         self.model = inner_module(model)
         self.given = tuple(copies)
         self.copies = inner_copies(self.model, self.given)
-        self.optimizer = optimizer
+        self.optimizer = as_one(optimizer)
         self.memory = memory
         self.ledger = Ledger()
-        check_optimizer(self.model, optimizer)
+        check_optimizer(self.model, self.optimizer)
 
     def __enter__(self) -> Transaction:
         return self
@@ -191,7 +192,7 @@ class Transaction:
 
 def transaction(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     *,
     copies: Iterable[nn.Module] = (),
     memory: int | None = None,
@@ -204,7 +205,7 @@ def transaction(
 
     Args:
         model: the model the user holds; it stays this object.
-        optimizer: the optimizer that trains it; its state follows.
+        optimizer: the optimizer that trains it, or several; their state follows.
         copies: moving averages (``AveragedModel``), teachers, the best so far: each follows every
             edit by name, on its own weights.
         memory: bytes that an edit may add, to the weights and optimizer while it is made and to
@@ -234,7 +235,7 @@ def apply(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     copies: Iterable[nn.Module] = (),
 ) -> Applied:
     """Make one edit: planned, written, verified, and taken back bit for bit if anything fails.
@@ -247,7 +248,7 @@ def apply(
         edit: what to change.
         args: positional example input, real tensors; a batch of 2 or more.
         kwargs: keyword example input.
-        optimizer: the optimizer that trains the model.
+        optimizer: the optimizer that trains the model, or several.
         copies: moving averages and the like, which follow; see :func:`transaction`.
 
     Raises:

@@ -13,6 +13,7 @@ from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap
 from neuroexapt.edit import Edit
 from neuroexapt.errors import GuardError
+from neuroexapt.guard.several import Optimizers
 from neuroexapt.guard.statistics import LossFn
 from neuroexapt.guard.storing import Place, stored
 from neuroexapt.guard.transaction import Applied, Transaction
@@ -27,7 +28,7 @@ class Trial:
 
     Args:
         model: the model the user holds.
-        optimizer: the optimizer that trains it.
+        optimizer: the optimizer that trains it, or several.
         copies: moving averages, teachers and the like, which follow each edit.
         memory: bytes an edit may add; see :func:`transaction`.
         place: where the snapshot waits: ``"device"``, ``"cpu"``, a directory, or ``"auto"``
@@ -48,7 +49,7 @@ class Trial:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizers,
         *,
         copies: Iterable[nn.Module] = (),
         memory: int | None = None,

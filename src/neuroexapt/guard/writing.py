@@ -174,7 +174,7 @@ def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: I
     module = model.get_submodule(insertion.module)
     _check_own_forward(module, insertion.module)
     near = dict(model.named_parameters()).get(insertion.neighbour or "")
-    before = {id(p) for p in model.parameters()}
+    order = list(model.parameters())
     branch = build(insertion.spec, model)
     if near is not None:
         branch = branch.to(device=near.device, dtype=insertion.dtype or near.dtype)
@@ -184,8 +184,9 @@ def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: I
     set_class(ledger, module, fitting_class(module))
     if optimizer is not None:
         prefix = f"{insertion.module}.{child}".lstrip(".")
+        before = {id(p) for p in order}
         new = {n: p for n, p in branch.named_parameters() if id(p) not in before}
-        adopt(ledger, optimizer, {f"{prefix}.{n}": p for n, p in new.items()}, near)
+        adopt(ledger, optimizer, {f"{prefix}.{n}": p for n, p in new.items()}, near, order)
 
 
 def _rewrite_all(ledger: Ledger, model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
