@@ -30,6 +30,7 @@ from neuroexapt.edit.patch import (
     Scaling,
     WidthStep,
 )
+from neuroexapt.edit.pool import InsertPool
 from neuroexapt.edit.prune import MakePermanent, PruneWeights
 from neuroexapt.edit.registry import kind_named, register, registered
 from neuroexapt.edit.regrow import RegrowWeights
@@ -50,6 +51,7 @@ __all__ = [
     "Gate",
     "InsertAttention",
     "InsertConv",
+    "InsertPool",
     "InsertResidual",
     "Insertion",
     "MakePermanent",
@@ -86,6 +88,7 @@ __all__ = [
 for _kind in (
     AddRegularization,
     InsertConv,
+    InsertPool,
     InsertResidual,
     Narrow,
     PruneWeights,
