@@ -71,6 +71,7 @@ OPERATIONS: dict[str, Choice] = {
 
 NO_IMAGES = ("gpt", "mlp", "llama", "shared_module", "encoder_layer", "lstm", "gru", "bert")
 NO_IMAGES += ("encoder_decoder", "moe", "graph_net")
+TOKENS = ("gpt_nano", "vit")
 REFUSED: dict[tuple[str, str], str] = {
     ("InsertConv", name): "with one to three spatial dimensions" for name in NO_IMAGES
 }
@@ -78,6 +79,15 @@ REFUSED |= {
     ("RemoveLayer", name): "an input in the shape of the output"
     for name in ("hardcoded_flatten", "pixel_shuffle_net", "lstm", "graph_net")
 }
+REFUSED |= {
+    ("InsertPool", name): "with one to three spatial dimensions" for name in (*NO_IMAGES, *TOKENS)
+}
+REFUSED |= {
+    ("InsertPool", name): "an output of the shape it has now"
+    for name in ("unet", "pixel_shuffle_net", "generator")
+}
+REFUSED["InsertPool", "mixer"] = "spatial positions behind the channels"
+REFUSED["InsertPool", "hardcoded_flatten"] = "a size computed from the input"
 NO_STREAM = ("reference_cnn", "small_cnn", "densenet", "unet", "mlp", "groupnorm_cnn", "conv1d_net")
 NO_STREAM += ("conv3d_net", "shared_module", "hardcoded_flatten", "vae", "pixel_shuffle_net")
 NO_STREAM += ("inception_branches", "lstm", "gru", "moe", "generator", "graph_net")
