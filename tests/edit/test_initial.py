@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from neuroexapt import Widen, apply, map_axes
+from neuroexapt import PruneWeights, Widen, apply, map_axes
+from neuroexapt.edit.initial import split_positions
 from neuroexapt.errors import EditError
+from neuroexapt.measure import growth_directions
 
 X = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(5))
 
@@ -141,3 +144,51 @@ def test_a_pattern_splits_what_it_can() -> None:
     done = apply(model, Widen("*", by=0.5, init="split"), (x,))
     assert (model[0].out_features, model[2].out_features) == (6, 7)
     assert "'0.out' stays: 'layer_norm' mixes" in done.description
+
+
+@pytest.mark.parametrize("init", ["zero_out", "split"])
+def test_new_units_of_a_pruned_layer_are_not_shut_out(init: str) -> None:
+    """torch.nn.utils.prune's masks are open for new units, and those of split ones are copied."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    for layer in (0, 2):
+        prune.l1_unstructured(model[layer], "weight", 0.5)
+    x = torch.randn(32, 4)
+    done = apply(model, Widen("0", by=6, init=init), (x,))
+    assert done.max_difference < 1e-6
+    masks = model[0].weight_mask, model[2].weight_mask.T
+    for mask in masks:
+        old, new = mask[:6], mask[6:]
+        origins = list(split_positions(6, 12)[6:])
+        assert torch.equal(new, old[origins] if init == "split" else torch.ones_like(new))
+        assert 0 < float(old.sum()) < old.numel()
+    before = model[2].weight_orig.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert (model[2].weight_orig - before)[:, 6:].abs().max() > 0
+
+
+def test_rows_for_a_layer_with_masks_are_tried_without_them() -> None:
+    """The candidates of a pruned layer are those of a dense one whose old units are the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    x, y = torch.randn(32, 4), torch.randn(32, 2)
+    apply(model, PruneWeights("*", share=0.5), (x,))
+    dense = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    dense.load_state_dict({k: v for k, v in model.state_dict().items() if "nx_mask" not in k})
+    found = [
+        growth_directions(
+            net,
+            lambda m, batch: (m(batch[0]) - batch[1]).square().mean(),
+            [(x, y)],
+            map_axes(net, (x,)),
+            "0",
+            2,
+        )
+        for net in (model, dense)
+    ]
+    assert found[0].keys() == {"0.weight", "0.bias"}
+    for name, row in found[0].items():
+        torch.testing.assert_close(row, found[1][name])
+    assert apply(model, Widen("0", by=2, rows=found[0]), (x,)).max_difference < 1e-6

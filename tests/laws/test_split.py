@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuroexapt import Widen, apply, map_axes
+from neuroexapt import AxisMap, Widen, apply, map_axes
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import resize_expr, unit_of
 from neuroexapt.edit import share
 from neuroexapt.edit.initial import mean_shares, split_positions
 from neuroexapt.errors import EditError
 from neuroexapt.guard import transaction
+from neuroexapt.testing import Row, check_cell
 from tests import zoo
 from tests.laws.test_optimizer_oracle import OPTIMIZERS, axes_of, batch, build, run
 from tests.laws.world import NAMES, calm, difference, mapped, outputs
@@ -38,6 +39,18 @@ def test_split_is_exact_or_refused_for_a_reason_on_the_map(name: str) -> None:
             tx.stage(edit.plan(mapped(name), named_tensors(model)))
         for training, expected in before.items():
             assert difference(expected, outputs(model, args, training)) <= 1e-10, width.name
+
+
+@pytest.mark.parametrize("name", ["mlp", "small_cnn", "lstm", "llama"])
+def test_every_law_holds_for_split_units(name: str) -> None:
+    """Undo, training, copies, optimizer, compilation: as for every edit."""
+
+    def choice(axes: AxisMap, _model: nn.Module) -> list[Widen]:
+        return [Widen(width, by=2, init="split") for width in axes.widths]
+
+    entry = zoo.entry(name)
+    cell = check_cell(choice, Row(name, entry.make, entry.args(4)), axes=mapped(name))
+    assert cell.kept, cell.reason
 
 
 def test_shares_differ_and_add_up() -> None:

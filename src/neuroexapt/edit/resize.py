@@ -100,7 +100,8 @@ def resized(
     deviation = _deviation(tensor)
     result = tensor.detach()
     for step in steps:
-        result = _scaled(result, step, name) if fill is None else _eased(result, step, name, power)
+        if fill is None or power:
+            result = _scaled(result, step if fill is None else _eased(step, power), name)
         own = [edit for edit in step.dims if edit.tensor == name]
         # Zeros last: where a new row meets a new column, silence wins.
         for edit in sorted(own, key=lambda edit: (fill or edit.fill) == "zero"):
@@ -108,7 +109,7 @@ def resized(
             result = _resized_dim(result, step, change, deviation, generator)
             if step.shares and edit.shared and fill is None:
                 result = shared_out(result, step, edit, generator)
-            elif step.shares and not edit.shared and fill is not None:
+            elif step.shares and not edit.shared and power:
                 result = result * along(factors(edit.expr, step) ** power, result, edit.dim)
     return _in_format_of(tensor, result)
 
@@ -141,10 +142,10 @@ def _scaled(tensor: Tensor, step: WidthStep, name: str) -> Tensor:
     return tensor
 
 
-def _eased(tensor: Tensor, step: WidthStep, name: str, power: int) -> Tensor:
+def _eased(step: WidthStep, power: int) -> WidthStep:
     """Gradients of a scaled parameter go the other way, for the function is kept."""
     scalings = [replace(s, factor=s.factor**-power, offset=0.0) for s in step.scalings]
-    return _scaled(tensor, replace(step, scalings=tuple(scalings)), name)
+    return replace(step, scalings=tuple(scalings))
 
 
 def _resized_dim(

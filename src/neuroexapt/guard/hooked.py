@@ -1,4 +1,4 @@
-"""Weights that a pre-forward hook computes (torch.nn.utils.weight_norm, spectral_norm).
+"""Weights that a pre-forward hook computes (torch.nn.utils.weight_norm, spectral_norm, prune).
 
 Such a module keeps the computed weight as a plain attribute with the graph that made it, from
 construction on, and that graph would forbid to swap what the weight is computed from. The next
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -33,5 +34,10 @@ def drop_graphs(ledger: Ledger, model: nn.Module) -> None:
 def _computed(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name in vars(module):
-                yield module, hook.name
+            name = ""
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                name = hook.name
+            elif isinstance(hook, BasePruningMethod):
+                name = hook._tensor_name
+            if name in vars(module):
+                yield module, name

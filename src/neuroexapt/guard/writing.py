@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt.capture.attributes import Attribute
-from neuroexapt.capture.masks import is_mask
+from neuroexapt.capture.masks import masks_among
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.edit import (
     Insertion,
@@ -80,26 +80,31 @@ def _resize(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch
     check_swappable(touched)
     if optimizer is not None:
         _warn_unless_held(optimizer, touched)
-    done: set[int] = set()
+    done, masks = set[int](), masks_among(named)
     for name in patch.tensors:
         if id(named[name]) not in done:  # a tied tensor goes by its first name
             done.add(id(named[name]))
-            _resize_tensor(ledger, optimizer, named[name], name, patch)
+            # Whatever an edit says of a mask: an entry shut out from birth would never learn.
+            fill = "one" if name in masks else None
+            _resize_tensor(ledger, optimizer, (name, named[name]), patch, fill)
     renew(ledger, recurrent)
     if touched:
         drop_caches(ledger, model)
 
 
 def _resize_tensor(
-    ledger: Ledger, optimizer: Optimizer, tensor: Tensor, name: str, patch: Patch
+    ledger: Ledger,
+    optimizer: Optimizer,
+    item: tuple[str, Tensor],
+    patch: Patch,
+    fill: str | None,
 ) -> None:
+    name, tensor = item
     # A generator of its own keeps the user's random state as it is. Seeded by name and shape it
     # is the same on every rank, and another one when the same width grows again: units drawn
     # alike would get the same gradient for ever.
     seed = zlib.crc32(f"{name} {tuple(tensor.shape)}".encode())
     generator = torch.Generator().manual_seed(seed)
-    # Whatever an edit says of a mask: an entry shut out from birth would never learn.
-    fill = "one" if is_mask(name) else None
     new = alike(tensor, resized(tensor, patch.steps, name, generator=generator, fill=fill))
     if isinstance(tensor, nn.Parameter):
         if tensor.grad is not None:

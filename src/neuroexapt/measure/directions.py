@@ -22,6 +22,7 @@ from neuroexapt.measure.newcomers import (
     answers,
     check_no_feedback,
     look,
+    masks_opened,
     reader_gradients,
     real,
     site_of,
@@ -147,7 +148,7 @@ def _random_pool(site: Site, count: int) -> Pool:
 
 def _plain_holders(site: Site) -> dict[str, Tensor]:
     """Biases, scales and statistics as new units get them."""
-    values = {}
+    values = masks_opened(site)
     for place in site.holders:
         old = site.tensor(place.tensor)
         fills = {"one": torch.ones_like(old), "mean": old.mean().expand_as(old)}
@@ -334,7 +335,7 @@ def _rows(site: Site, pool: Pool, chosen: Sequence[int]) -> dict[str, Tensor]:
     rows = {}
     for place in (*site.makers, *site.holders):
         expr = site.axes.tensors[place.tensor][place.dim]
-        if place.tensor in rows or place.tensor not in pool[0]:
+        if place.tensor in rows:
             continue
         wanted = torch.from_numpy(
             unit_of(resize_expr(expr, site.width.name, len(chosen)), site.width.name)

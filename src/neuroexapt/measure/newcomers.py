@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from neuroexapt.capture.masks import masks_among
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import Appearance, AxisMap, Width, leaves, unit_of
 from neuroexapt.errors import MeasureError
@@ -104,9 +105,11 @@ def site_of(model: nn.Module, loss_fn: LossFn, axes: AxisMap, at: str) -> Site:
             f"'{mixer.kind}' mixing over this width ({mixer.place})",
             "a width whose new units may start anywhere",
         )
-    readers = [place for place in width.appearances if "consumer" in place.roles]
-    makers = [place for place in width.appearances if place.roles == {"producer"}]
-    holders = [place for place in width.appearances if place.roles == {"elementwise"}]
+    masks = masks_among(axes.tensors)
+    places = [place for place in width.appearances if place.tensor not in masks]
+    readers = [place for place in places if "consumer" in place.roles]
+    makers = [place for place in places if place.roles == {"producer"}]
+    holders = [place for place in places if place.roles == {"elementwise"}]
     tied = [place for place in readers if len(place.roles) > 1]
     if tied or not makers or not readers:
         seen = f"'{tied[0].tensor}', which makes and reads the units" if tied else "none"
@@ -204,6 +207,12 @@ def _in_place_of(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
             slots[own] = tensor  # type: ignore[assignment]
 
 
+def masks_opened(site: Site) -> dict[str, Tensor]:
+    """The masks of the units' makers and holders, without a zero."""
+    names = masks_among(site.axes.tensors) & {place.tensor for place in site.width.appearances}
+    return {name: torch.ones_like(site.tensor(name)) for name in names}
+
+
 def look(site: Site, batch: Batch, values: Mapping[str, Tensor] | None = None) -> Seen:
     """One forward with other values in place of the model's, without a graph."""
     replaced = _in_place_of(site.model, values or {})
@@ -274,6 +283,11 @@ def answers(site: Site, seen: Seen) -> Tensor:
     return torch.cat(parts, 1)
 
 
+def _open(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks that shut nothing out: those of new units do not."""
+    return {name: torch.ones_like(buffers[name]) for name in masks_among(buffers)}
+
+
 def _sample(count: int, limit: int) -> Tensor:
     """Always the same ones of ``count``."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
@@ -288,11 +302,12 @@ def reader_gradients(site: Site, seen: Seen, gradients: Mapping[str, Sequence[Te
         if held is None:
             continue
         weight, total = held.detach().requires_grad_(), torch.zeros_like(held)
+        values = {"weight": weight, **_open(dict(reader.module.named_buffers()))}
         for given, grad in zip(
             seen.inputs.get(reader.path, ()), gradients[reader.path], strict=True
         ):
             with torch.enable_grad():
-                out = functional_call(reader.module, {"weight": weight}, (given,))
+                out = functional_call(reader.module, values, (given,))
             total = total + torch.autograd.grad(out, weight, grad)[0]
         columns = total.movedim(reader.dim, 0)[reader.order.to(total.device).flatten()]
         parts.append(columns.reshape(len(reader.order), -1).cpu().double())
