@@ -69,6 +69,7 @@ class Transaction:
         memory: int | None = None,
     ) -> None:
         self.model = inner_module(model)
+        self._compiled = _is_compiled(model)
         self.given = tuple(copies)
         self.copies = inner_copies(self.model, self.given)
         self.optimizer = as_one(optimizer)
@@ -182,7 +183,13 @@ class Transaction:
             raise
 
     def commit(self) -> None:
-        """Keep what was done; old tensors are released."""
+        """Keep what was done; old tensors are released.
+
+        A compiled model is compiled anew at its next call.
+        """
+        if len(self.ledger) and self._compiled:
+            # Each edit is one more shape: behind the eighth torch would silently run it uncompiled.
+            torch.compiler.reset()
         self.ledger.forget()
 
     def roll_back(self) -> None:
@@ -283,6 +290,12 @@ def inner_module(model: nn.Module) -> nn.Module:
             )
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """By ``torch.compile(model)``, or a part of it by its own ``compile()``."""
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    return bool(compiled) or hasattr(model, "_orig_mod")
 
 
 def _check_mode() -> None:
