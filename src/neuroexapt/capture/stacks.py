@@ -43,7 +43,19 @@ class Stack:
     name: str
     counters: tuple[tuple[Attribute, int], ...]
     totals: tuple[Attribute, ...] = ()
-    tables: tuple[tuple[Attribute, tuple[Any, ...]], ...] = ()
+    tables: tuple[tuple[Attribute, Any], ...] = ()
+
+    def holds(self, path: str) -> bool:
+        """Whether a module lies in the container."""
+        return path.startswith(f"{self.container}.".lstrip("."))
+
+    def continues(self, path: str) -> bool:
+        """Whether a copy of a module must go on counting.
+
+        Layers inside what is copied (a stage, say) are most often counted through the whole
+        model, other things (experts) in each layer anew.
+        """
+        return self.holds(path) or "layer" in self.name or "block" in self.name
 
     @property
     def first(self) -> int:
@@ -127,7 +139,7 @@ def _configs(model: nn.Module) -> Iterator[tuple[Attribute, Any]]:
 
 def _with_configs(stack: Stack, configs: list[tuple[Attribute, Any]]) -> Stack:
     totals: list[Attribute] = []
-    tables: list[tuple[Attribute, tuple[Any, ...]]] = []
+    tables: list[tuple[Attribute, Any]] = []
     for at, config in configs:
         if not _concerns(at.module, stack.container):
             continue
@@ -136,7 +148,7 @@ def _with_configs(stack: Stack, configs: list[tuple[Attribute, Any]]) -> Stack:
             totals.append(Attribute(at.module, f"{at.name}.{name}"))
         for name, value in said.items():
             if type(value) in (list, tuple) and len(value) == stack.count and "layer" in name:
-                tables.append((Attribute(at.module, f"{at.name}.{name}"), tuple(value)))
+                tables.append((Attribute(at.module, f"{at.name}.{name}"), value))
     return Stack(stack.container, stack.name, stack.counters, tuple(totals), tuple(tables))
 
 
@@ -146,13 +158,17 @@ def _concerns(holder: str, container: str) -> bool:
 
 
 def _totals(said: Mapping[str, Any], stack: Stack) -> list[str]:
-    """Names of numbers in a config that count these layers."""
-    found = [
+    """Names of numbers in a config that count these layers.
+
+    Where a config has one for either side, a number of no side counts for both: T5 makes the
+    cache of its decoder by ``num_layers``.
+    """
+    other = "encoder" if "decoder" in stack.container else "decoder"
+    return [
         name
         for name, value in said.items()
-        if type(value) is int and value == stack.count and _TOTAL_NAME.fullmatch(name)
+        if type(value) is int
+        and value == stack.count
+        and _TOTAL_NAME.fullmatch(name)
+        and other not in name
     ]
-    side = "decoder" if "decoder" in stack.container else "encoder"
-    other = "encoder" if side == "decoder" else "decoder"
-    own = [name for name in found if side in name]
-    return own or [name for name in found if other not in name]

@@ -16,6 +16,7 @@ from neuroexapt.edit.graft import (
 )
 from neuroexapt.edit.importance import unit_norms
 from neuroexapt.edit.insert import InsertConv
+from neuroexapt.edit.layer import InsertLayer
 from neuroexapt.edit.narrow import Narrow
 from neuroexapt.edit.patch import (
     AttributeEdit,
@@ -51,6 +52,7 @@ __all__ = [
     "Gate",
     "InsertAttention",
     "InsertConv",
+    "InsertLayer",
     "InsertPool",
     "InsertResidual",
     "Insertion",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ class Spec(abc.ABC):
 
     Attributes:
         seed: seed of the random initial weights.
+        fresh: whether the module is new, and takes the device, the dtype and the mode of its
+            neighbourhood; a copy has its own.
     """
 
     seed: int = 0
+    fresh: ClassVar[bool] = True
 
     @abc.abstractmethod
     def make(self, model: nn.Module) -> nn.Module:
@@ -28,6 +32,16 @@ class Spec(abc.ABC):
 
         ``model`` is the model that is edited, for specs that copy a part of it.
         """
+
+    def preview(self, model: nn.Module) -> list[Tensor]:
+        """The parameters and buffers that the module will have, without their values."""
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            made = self.make(model)
+        return [*made.parameters(), *made.buffers()]
+
+    def origin(self, name: str) -> str | None:
+        """The model's parameter that a new one copies; it joins the optimizer group of that."""
+        return None
 
 
 def build(spec: Spec, model: nn.Module) -> nn.Module:

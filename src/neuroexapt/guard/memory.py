@@ -90,11 +90,9 @@ def _new_shapes(patch: Patch, named: Mapping[str, Tensor]) -> list[tuple[Tensor,
 
 
 def _inserted(patch: Patch, model: nn.Module) -> list[Tensor]:
-    """The tensors of the modules that will be inserted; made without data where they can be."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        made = [insertion.spec.make(model) for insertion in patch.insertions]
+    """The tensors of the modules that will be inserted; without data where they can be."""
     own = {id(tensor) for tensor in named_tensors(model).values()}
-    tensors = [tensor for module in made for tensor in named_tensors(module).values()]
+    tensors = [tensor for new in patch.insertions for tensor in new.spec.preview(model)]
     return [tensor for tensor in tensors if id(tensor) not in own]
 
 

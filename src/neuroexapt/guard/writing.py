@@ -181,17 +181,24 @@ def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: I
     near = dict(model.named_parameters()).get(insertion.neighbour or "")
     order = list(model.parameters())
     branch = build(insertion.spec, model)
-    if near is not None:
-        branch = branch.to(device=near.device, dtype=insertion.dtype or near.dtype)
-    branch.train(module.training)
+    if insertion.spec.fresh:
+        if near is not None:
+            branch = branch.to(device=near.device, dtype=insertion.dtype or near.dtype)
+        branch.train(module.training)
     child = free_name(module, insertion.child)
     add_child(ledger, module, child, branch)
     set_class(ledger, module, fitting_class(module))
     if optimizer is not None:
         prefix = f"{insertion.module}.{child}".lstrip(".")
         before = {id(p) for p in order}
-        new = {n: p for n, p in branch.named_parameters() if id(p) not in before}
-        adopt(ledger, optimizer, {f"{prefix}.{n}": p for n, p in new.items()}, near, order)
+        named = dict(model.named_parameters(remove_duplicate=False))
+        groups: dict[str | None, dict[str, nn.Parameter]] = {}
+        for name, parameter in branch.named_parameters():
+            if id(parameter) not in before:
+                beside = insertion.spec.origin(name) or insertion.neighbour
+                groups.setdefault(beside, {})[f"{prefix}.{name}"] = parameter
+        for beside, added in groups.items():
+            adopt(ledger, optimizer, added, named.get(beside or ""), order)
 
 
 def _rewrite_all(ledger: Ledger, model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
