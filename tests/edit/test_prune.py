@@ -27,6 +27,7 @@ from neuroexapt.edit import Edit, MakePermanent, grafted_class
 from neuroexapt.edit.sparsity import lamp
 from neuroexapt.edit.weights import found_weights
 from neuroexapt.errors import EditError, UnknownPlaceError, VerifyError
+from neuroexapt.measure import dense_gradients
 from neuroexapt.testing.snapshot import changes, snapshot
 from tests import zoo
 from tests.laws.world import NAMES, mapped, outputs
@@ -620,3 +621,39 @@ def test_a_parametrized_weight_is_left_alone() -> None:
     assert set(masks_of(model)) == {"1.weight"}
     with pytest.raises(EditError, match="parametrization has to be removed"):
         apply(model, PruneWeights("0", share=0.5), (X,))
+
+
+def test_a_transformers_model_is_pruned_with_its_config_in_step() -> None:
+    """Layers that store (in, out), a tied head, a config that follows an edit made later."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=40,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=12,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    kwargs = {"input_ids": torch.arange(12).view(2, 6)}
+    done = apply(model, PruneWeights("*", pattern=(2, 4)), (), kwargs)
+    assert done.notes == ()
+    attention = model.transformer.h[0].attn.c_attn
+    groups = attention.nx_mask_weight.T.reshape(-1, 4)
+    assert (groups.sum(1) == 2).all()
+    assert "lm_head.weight" in masks_of(model)
+    assert "transformer.wte.weight" in masks_of(model)
+
+    def loss_fn(net: nn.Module, batch: Any) -> Tensor:
+        return torch.as_tensor(net(**batch).logits.square().mean())
+
+    gradients = dense_gradients(model, loss_fn, [kwargs])
+    assert gradients["transformer.wte.weight"].shape == (40, 16)
+    done = apply(model, Narrow("*.mlp.c_fc.out", to=48), (), kwargs)
+    assert done.notes == ()
+    assert config.n_inner == 48
+    expected = model(**kwargs).logits
+    twin = transformers.GPT2LMHeadModel(config).eval()
+    twin.load_state_dict({n: v for n, v in model.state_dict().items() if not is_mask(n)})
+    torch.testing.assert_close(twin(**kwargs).logits, expected)

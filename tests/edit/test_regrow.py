@@ -85,7 +85,10 @@ def test_a_weight_that_grows_has_no_momentum_and_steps_like_its_siblings() -> No
     before = weight.detach().clone()
     train(model, optimizer)
     moved = (weight - before).abs()
-    assert (moved[born & (gradients["0.weight"] != 0)] > 0).all()
+    assert weight.grad is not None
+    steep = weight.grad[born] != 0  # some fed only what was dropped at the same time
+    assert steep.any()
+    assert ((moved[born] > 0) == steep).all()
     assert moved[born].max() < 0.02
     assert (weight[~new] == 0).all()
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from neuroexapt.capture.attributes import Attribute
+from neuroexapt.capture.masks import is_mask
 from neuroexapt.edit import original_class
 from neuroexapt.errors import CaptureError
 from neuroexapt.guard.config_sizes import (
@@ -228,7 +229,9 @@ def _computes_the_same(
 ) -> bool:
     """Whether what is built from a config, given the weights, does what the model does."""
     try:
-        built.load_state_dict(owner.module.state_dict(), assign=True)
+        state = owner.module.state_dict()  # what masks shut out is zero there
+        unmasked = {name: value for name, value in state.items() if not is_mask(name)}
+        built.load_state_dict(unmasked, assign=True)
         _cast_buffers(built, like=owner.module)
         with _in_place_of(model, owner.path, built) as whole:
             return same_outputs(now, behaviour(whole, run.args, run.kwargs, run.modes))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neuroexapt.capture.attributes import Attribute, write
+from neuroexapt.capture.masks import is_mask
 
 # A place in the state of a model: tensor name and dimension.
 Sizes: TypeAlias = Mapping[tuple[str, int], int]
@@ -129,12 +130,12 @@ def _not_built(error: Exception) -> NotBuilt:
 
 
 def sizes_of(model: nn.Module) -> dict[tuple[str, int], int]:
-    """Every size in the state of a model."""
+    """Every size in the state of a model; masks are no matter of a config."""
     state = model.state_dict(keep_vars=True)
     return {
         (name, dim): size
         for name, tensor in state.items()
-        if isinstance(tensor, Tensor)
+        if isinstance(tensor, Tensor) and not is_mask(name)
         for dim, size in enumerate(tensor.shape)
     }
 

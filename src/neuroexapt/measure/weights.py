@@ -137,14 +137,16 @@ def dense_gradients(
             next_step="apply PruneWeights first",
         )
     lens = _Lens(model, loss_fn)
+    aliases = dict(model.named_parameters(remove_duplicate=False))
 
     def unmasked(model: nn.Module, batch: Batch) -> Tensor:
         seen = {f"model.{n}": torch.ones_like(b) for n, b in buffers.items() if is_mask(n)}
         for name, stored in _named(model, masked):
             # The product in value, the stored weight in gradient.
             held = stored.detach()
-            seen[f"model.{name}"] = stored + (held * buffers[mask_of(name)] - held)
-        found: Tensor = functional_call(lens, seen, (batch,))
+            opened = stored + (held * buffers[mask_of(name)] - held)
+            seen.update({f"model.{n}": opened for n, p in aliases.items() if p is stored})
+        found: Tensor = functional_call(lens, seen, (batch,), tie_weights=False)
         return found
 
     total, count = dict[str, Tensor](), 0
