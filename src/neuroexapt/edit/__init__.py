@@ -92,8 +92,10 @@ for _kind in (
     InsertConv,
     InsertPool,
     InsertResidual,
+    MakePermanent,
     Narrow,
     PruneWeights,
+    RegrowWeights,
     RemoveLayer,
     Widen,
 ):

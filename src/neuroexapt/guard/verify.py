@@ -208,9 +208,17 @@ def _promised(patch: Patch, before: Behaviour) -> tuple[bool, ...]:
     return (False,) if patch.preserves == "evaluation" else ()
 
 
+def ended_masks(patch: Patch, identities: Mapping[str, int]) -> set[str]:
+    """Names of the masks that a patch takes away, under every name of a tied parameter.
+
+    ``identities`` are the object ids of all parameters by name.
+    """
+    ended = {identities[m.tensor] for m in patch.maskings if m.mask is None}
+    return {mask_of(name) for name, identity in identities.items() if identity in ended}
+
+
 def _check_survivors(before: Behaviour, after: Behaviour, patch: Patch) -> None:
-    ended = {before.identities[m.tensor] for m in patch.maskings if m.mask is None}
-    lost = {mask_of(name) for name, identity in before.identities.items() if identity in ended}
+    lost = ended_masks(patch, before.identities)
     for name, identity in before.identities.items():
         if name not in after.identities and (
             name in lost or any(name.startswith(f"{path}.") for path in patch.gone)

@@ -16,6 +16,7 @@ from neuroexapt.capture.run import named_tensors
 from neuroexapt.edit import Edit, Patch
 from neuroexapt.guard import transaction
 from neuroexapt.guard.ledger import Ledger
+from neuroexapt.guard.verify import ended_masks
 from neuroexapt.testing.snapshot import changes, snapshot
 from neuroexapt.testing.world import World
 
@@ -215,8 +216,9 @@ def check_survivors(world: World, edit: Edit, patch: Patch, old: Before) -> None
     """
     now, modules = _all_named(world.model), dict(world.model.named_modules())
     gone = tuple(f"{path}." for path in patch.gone)
+    ended = ended_masks(patch, {name: id(tensor) for name, tensor in old.named.items()})
     for name, tensor in old.named.items():
-        if name not in now and name.startswith(gone):
+        if name not in now and (name in ended or name.startswith(gone)):
             continue
         if now.get(name) is not tensor:
             _broken(world, edit, "survivors keep identity and name", f"'{name}' is lost")
