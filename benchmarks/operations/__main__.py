@@ -15,6 +15,7 @@ from benchmarks.operations.page import page
 from benchmarks.operations.run import Outcome, outcomes
 from benchmarks.operations.task import Section
 
+KEPT = "benchmarks/operations/outcomes.json"  # of the page in docs/, for runs of a part of it
 Key = tuple[str, str, str, int]
 
 
@@ -54,8 +55,8 @@ def main() -> None:
                     found[_key(outcome)] = outcome
                 if options.json:
                     rows = [asdict(outcome) for outcome in found.values()]
-                    options.json.write_text(json.dumps(rows, indent=0) + "\n")
-    command = f"python -m benchmarks.operations --seeds {options.seeds}"
+                    options.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    command = f"python -m benchmarks.operations --seeds {options.seeds} --json {KEPT}"
     text = page(everything, list(found.values()), f"{command} --out docs/operations.md")
     if options.out:
         options.out.write_text(text)

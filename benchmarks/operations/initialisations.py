@@ -73,10 +73,27 @@ PLACES: tuple[tuple[str, Task, str, int], ...] = (
 )
 
 
+ABOUT = """
+`Widen` at six places of networks that are too narrow, each with five arms:
+
+- *random, zero out*: `Widen(at, by=n)`, random makers and zero readers;
+- *candidates*: `rows=growth_directions(..., "candidates")`, the best of 16 times as many random
+  units;
+- *gradient*: `rows=growth_directions(..., "gradient")`, the directions of the missing update;
+- *split*: `Widen(at, by=n, init="split")`, copies whose readers share out;
+- *no growth*: the network trains on as it is.
+
+What we take from it: growing is worth more than how the new units start. The arms that look at
+data win clearly at one or two places in six, lose clearly at one, and make no clear difference at
+the others; splitting wins where no batch norm follows, and not elsewhere. So the default is the
+plain one, which needs no data and works at every width; the others are a choice.
+"""
+
+
 def section() -> Section:
     """The part of the page on growth."""
     return Section(
         "Growth: the new units' first values",
-        "`Widen` at six places.",
+        ABOUT,
         tuple(Setting(name, task, arms(at, by)) for name, task, at, by in PLACES),
     )

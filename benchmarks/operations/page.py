@@ -28,9 +28,10 @@ Made by `{command}`.
 
 Each arm starts from the same half-trained model and optimizer of its seed and trains on the same
 batches with the rate annealed to zero. The loss is the cross-entropy on images that neither
-training nor the choice has seen. *Against* is the mean over seeds of the paired difference to the
-first arm, with its standard error: negative is better, and what is below two standard errors is
-noise. *Better in* counts seeds.
+training nor the choice has seen: right after the change (*at once*) and after the further training,
+as mean and standard deviation over the seeds. *Against* is the mean over seeds of the paired
+difference to the first arm, with its standard error: negative is better, and what is below two
+standard errors is noise. *Better in* counts seeds.
 """
 
 
