@@ -41,9 +41,9 @@ def shared_out(
 ) -> Tensor:
     """Readers of copied units, each entry times a share; the shares of copies add up to 1.
 
-    Every entry has shares of its own around the mean ones. Copies with one share for all readers
-    would get gradients in one direction, and Adam, which is blind to their length, would move them
-    alike for ever.
+    Every entry has shares of its own around the mean ones. With one share for all readers of a
+    copy its gradients would differ from those of the other copies in length alone, to which Adam
+    is blind: the copies would move together for a long time.
     """
     positions = {step.width: np.asarray(step.positions, dtype=np.int64)}
     source = torch.from_numpy(source_index(edit.expr, positions))
