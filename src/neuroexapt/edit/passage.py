@@ -86,8 +86,10 @@ def _filled(answer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return answer
 
 
-def passage_of(axes: AxisMap, path: str) -> PassSpec:
+def passage_of(axes: AxisMap, path: str, *, absorbed: bool = False) -> PassSpec:
     """What can answer in a module's place, the same in every run of it.
+
+    Where its effect is ``absorbed`` elsewhere it is the input, of whatever shape.
 
     Raises:
         EditError: nothing can: the shape changes, or later layers need what only it makes.
@@ -97,7 +99,7 @@ def passage_of(axes: AxisMap, path: str) -> PassSpec:
         flow = Flow(trace)
         for run in trace.runs:
             if run.path == path:
-                answer = _answer(axes, flow, run)
+                answer = _answer(axes, flow, run, absorbed)
                 if answer not in answers:
                     answers.append(answer)
     if len(answers) != 1:
@@ -110,12 +112,12 @@ def passage_of(axes: AxisMap, path: str) -> PassSpec:
     return PassSpec(answer=answers[0])
 
 
-def _answer(axes: AxisMap, flow: Flow, run: ModuleRun) -> Any:
+def _answer(axes: AxisMap, flow: Flow, run: ModuleRun, absorbed: bool) -> Any:
     out = next((ref for ref in _refs(run.result) if ref.dtype.is_floating_point), None)
     if out is None:
         raise _no_answer(run, f"{_kinds(run.result)} as output", "a floating-point tensor")
     given = _given(run)
-    alike = [ref for ref in given if _alike(ref, out)]
+    alike = [ref for ref in given if _alike(ref, out)] or [*given][: int(absorbed)]
     if not alike:
         shapes = ", ".join(str(ref.shape) for ref in given) or "no tensor"
         raise _no_answer(
@@ -123,7 +125,7 @@ def _answer(axes: AxisMap, flow: Flow, run: ModuleRun) -> Any:
         )
     entry = out if out in given else alike[0]
     main: Given | Nothing = Given(given[entry], flow.rewrites((entry, out), run.stop))
-    if _is_branch_of_stream(axes, flow, run, entry, out):
+    if not absorbed and _is_branch_of_stream(axes, flow, run, entry, out):
         main = Nothing(given[entry])
 
     def leaf(value: Any) -> Any:

@@ -132,10 +132,15 @@ class Refold:
 
 @dataclass(frozen=True, eq=False)
 class Rewrite:
-    """A tensor gets other values, in the shape it has after all other steps."""
+    """A tensor gets other values, in the shape it has after all other steps.
+
+    A parameter that its layer was built without (``bias=None``) comes into being. With
+    ``resizes`` the shape may be another one; gradient and optimizer state then start anew.
+    """
 
     tensor: str
     values: Tensor
+    resizes: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,7 +66,12 @@ def forecast(
         optimizer += round((new - old) * per_entry)
         # Old and new content are both alive: the smaller of both comes on top of the difference.
         transient += min(new, old) * (tensor.element_size() * copies + round(per_entry))
-    added = _inserted(patch, model)
+    gone = _removed(patch, model)
+    weights -= sum(_bytes(t) * (1 + (t.grad is not None)) for t in gone)
+    optimizer -= sum(states.get(id(tensor), 0) for tensor in gone)
+    # Nothing of it is free until the edit is kept.
+    transient += sum(_bytes(t) * (1 + (t.grad is not None)) + states.get(id(t), 0) for t in gone)
+    added = _inserted(patch, model) + _given(patch, named)
     # Until it has met them an optimizer keeps nothing of new parameters; it will keep as much.
     per_byte = sum(states.values()) / max(1, _trained_bytes(named.values()))
     optimizer += round(per_byte * _trained_bytes(added))
@@ -83,8 +88,9 @@ def _new_shapes(patch: Patch, named: Mapping[str, Tensor]) -> list[tuple[Tensor,
     for refold in patch.refolds:
         shapes.setdefault(refold.tensor, list(named[refold.tensor].shape))
         shapes[refold.tensor][refold.dim] = len(refold.groups)
-    for name in (rewrite.tensor for rewrite in patch.rewrites):
-        shapes.setdefault(name, list(named[name].shape))
+    for rewrite in patch.rewrites:
+        if rewrite.tensor in named:
+            shapes.setdefault(rewrite.tensor, list(rewrite.values.shape))
     objects = {id(named[name]): (named[name], shape) for name, shape in shapes.items()}
     return list(objects.values())
 
@@ -94,6 +100,25 @@ def _inserted(patch: Patch, model: nn.Module) -> list[Tensor]:
     own = {id(tensor) for tensor in named_tensors(model).values()}
     tensors = [tensor for new in patch.insertions for tensor in new.spec.preview(model)]
     return [tensor for tensor in tensors if id(tensor) not in own]
+
+
+def _removed(patch: Patch, model: nn.Module) -> list[Tensor]:
+    """The tensors that leave the model with the modules that hold them."""
+    prefixes = tuple(f"{path}." for path in patch.gone)
+    named = named_tensors(model)
+    left = {id(tensor) for name, tensor in named.items() if not name.startswith(prefixes)}
+    gone = {id(t): t for name, t in named.items() if name.startswith(prefixes)}
+    return [tensor for key, tensor in gone.items() if key not in left]
+
+
+def _given(patch: Patch, named: Mapping[str, Tensor]) -> list[Tensor]:
+    """Parameters that layers were built without and get now."""
+    return [
+        torch.empty_like(rewrite.values, dtype=beside.dtype, device="meta").requires_grad_()
+        for rewrite in patch.rewrites
+        if rewrite.tensor not in named
+        and (beside := named.get(f"{rewrite.tensor.rpartition('.')[0]}.weight")) is not None
+    ]
 
 
 def _states(optimizers: Iterable[torch.optim.Optimizer]) -> dict[int, int]:

@@ -189,6 +189,12 @@ def _without(step: WidthStep, name: str, dims: set[int]) -> WidthStep:
     )
 
 
+def reset(ledger: Ledger, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Let the state of a parameter start anew."""
+    if parameter in optimizer.state:
+        _put_state(ledger, optimizer, {parameter: {}})
+
+
 def _put_state(
     ledger: Ledger, optimizer: torch.optim.Optimizer, new: Mapping[Tensor, Mapping[str, Any]]
 ) -> None:

@@ -35,13 +35,14 @@ from neuroexapt.guard.ledger import (
     add_child,
     check_swappable,
     drop_item,
+    put_item,
     set_attribute,
     set_class,
     swap,
 )
 from neuroexapt.guard.masking import held_mask, set_mask
 from neuroexapt.guard.numbered import renumber
-from neuroexapt.guard.optimizer import abandon, adopt, convert, migrate
+from neuroexapt.guard.optimizer import abandon, adopt, convert, migrate, reset
 from neuroexapt.guard.recurrent import recurrent_owners, release, renew
 from neuroexapt.guard.values import alike, set_values
 
@@ -66,7 +67,7 @@ def write(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) 
         _insert(ledger, model, optimizer, insertion)
     for masking in patch.maskings:
         set_mask(ledger, model, optimizer, masking)
-    _rewrite_all(ledger, model, patch.rewrites)
+    _rewrite_all(ledger, model, optimizer, patch.rewrites)
     for decay in patch.decays:
         set_decay(ledger, model, optimizer, decay)
 
@@ -201,18 +202,24 @@ def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: I
             adopt(ledger, optimizer, added, named.get(beside or ""), order)
 
 
-def _rewrite_all(ledger: Ledger, model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
+def _rewrite_all(
+    ledger: Ledger, model: nn.Module, optimizer: Optimizer, rewrites: Sequence[Rewrite]
+) -> None:
     named = named_tensors(model)
-    recurrent = recurrent_owners(model, [named[rewrite.tensor] for rewrite in rewrites])
+    known = [rewrite for rewrite in rewrites if rewrite.tensor in named]
+    recurrent = recurrent_owners(model, [named[rewrite.tensor] for rewrite in known])
     release(ledger, recurrent)
     for rewrite in rewrites:
-        _rewrite(ledger, model, rewrite)
+        if rewrite in known:
+            _rewrite(ledger, model, optimizer, rewrite)
+        else:
+            _give(ledger, model, optimizer, rewrite)
     renew(ledger, recurrent)
 
 
-def _rewrite(ledger: Ledger, model: nn.Module, rewrite: Rewrite) -> None:
+def _rewrite(ledger: Ledger, model: nn.Module, optimizer: Optimizer, rewrite: Rewrite) -> None:
     tensor = named_tensors(model)[rewrite.tensor]
-    if tensor.shape != rewrite.values.shape:
+    if tensor.shape != rewrite.values.shape and not rewrite.resizes:
         raise GuardError(
             rewrite.tensor,
             seen=f"new values of shape {tuple(rewrite.values.shape)}",
@@ -220,5 +227,31 @@ def _rewrite(ledger: Ledger, model: nn.Module, rewrite: Rewrite) -> None:
             next_step="plan them for the shape the tensor has after all steps",
         )
     values, mask = rewrite.values.to(tensor), held_mask(model, tensor)
+    if tensor.shape != values.shape:
+        check_swappable({rewrite.tensor: tensor})
+        swap(ledger, tensor, alike(tensor, values.clone()), rewrite.tensor)
+        if optimizer is not None:
+            reset(ledger, optimizer, tensor)
+        return
     values = values if mask is None else values.masked_fill(~mask, 0)
     set_values(ledger, tensor, values, rewrite.tensor, grad=tensor.grad)
+
+
+def _give(ledger: Ledger, model: nn.Module, optimizer: Optimizer, rewrite: Rewrite) -> None:
+    """A parameter that a layer was built without (its bias), beside the one it has."""
+    path, _, name = rewrite.tensor.rpartition(".")
+    module = model.get_submodule(path)
+    beside = next((p for p in module._parameters.values() if p is not None), None)
+    if name not in module._parameters or beside is None:
+        raise GuardError(
+            rewrite.tensor,
+            seen=f"no place for it in {type(module).__name__}",
+            needed="a parameter, or one that the layer was built without",
+            next_step="plan it for a layer of torch.nn",
+        )
+    new = alike(beside, rewrite.values.to(beside))
+    assert isinstance(new, nn.Parameter)
+    order = list(model.parameters())
+    put_item(ledger, module._parameters, name, new)
+    if optimizer is not None:
+        adopt(ledger, optimizer, {rewrite.tensor: new}, beside, order)

@@ -5,6 +5,7 @@ Read `base` first: a `Reading`, and `undisturbed`, the law that measuring change
 
 - `rank`: directions in use, copies, dead units
 - `redundancy`: what the other units already say
+- `affine`: the affine map nearest to a module, for `RemoveLayer(into=..., matrix=..., offset=...)`
 - `removal`: what removing a unit would cost, in nats
 - `weights`: what single weights are worth, and what masked ones would earn
 - `scores`: what each unit of a width is worth, for `Narrow(scores=...)`
@@ -18,6 +19,7 @@ Read `base` first: a `Reading`, and `undisturbed`, the law that measuring change
 Signals propose and order; a measured held-out loss decides.
 """
 
+from neuroexapt.measure.affine import AffineFit, affine_fit
 from neuroexapt.measure.base import (
     Batch,
     HoldoutScore,
@@ -59,6 +61,7 @@ from neuroexapt.measure.trend import (
 from neuroexapt.measure.weights import dense_gradients, weight_scores
 
 __all__ = [
+    "AffineFit",
     "Batch",
     "HoldoutScore",
     "LayerRow",
@@ -67,6 +70,7 @@ __all__ = [
     "Reading",
     "Trend",
     "activations",
+    "affine_fit",
     "batch_size_of",
     "count_flops",
     "count_parameters",

@@ -109,24 +109,26 @@ def _refuse(place: str, seen: str, needed: str, next_step: str) -> NoReturn:
     raise MeasureError(place, seen=seen, needed=needed, next_step=next_step)
 
 
-class _Reservoir:
+class Reservoir:
     """A uniform sample of at most `limit` rows out of a stream, in order of arrival.
 
     Each row gets a random key and the largest keys stay: exact, with memory of `limit` rows.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, dtype: torch.dtype = torch.float32) -> None:
         self.limit = limit
+        self.dtype = dtype
         # One fixed seed for all: modules with equally many rows keep the same ones.
         self.generator = torch.Generator().manual_seed(0)
         self.keys = torch.empty(0, dtype=torch.float64)
         self.rows_NC: Tensor | None = None
 
     def add(self, rows_NC: Tensor) -> None:
+        """Take rows of shape (N, C) into account."""
         keys = torch.rand(rows_NC.shape[0], dtype=torch.float64, generator=self.generator)
         # Chosen on the device first, so that no more than `limit` rows are ever copied.
         best = self._best(keys)
-        rows_NC = rows_NC[best.to(rows_NC.device)].to("cpu", torch.float32)
+        rows_NC = rows_NC[best.to(rows_NC.device)].to("cpu", self.dtype)
         keys = torch.cat([self.keys, keys[best]])
         held_NC = rows_NC if self.rows_NC is None else torch.cat([self.rows_NC, rows_NC])
         best = self._best(keys)
@@ -177,8 +179,8 @@ def activations(
         >>> found["0"].shape
         torch.Size([10, 5])
     """
-    targets = {path: _module_at(model, path) for path in modules}
-    kept = {path: _Reservoir(limit) for path in modules}
+    targets = {path: module_at(model, path) for path in modules}
+    kept = {path: Reservoir(limit) for path in modules}
     handles = []
     try:
         for path, module in targets.items():
@@ -194,7 +196,12 @@ def activations(
     return {path: held.rows_NC for path, held in kept.items() if held.rows_NC is not None}
 
 
-def _module_at(model: nn.Module, path: str) -> nn.Module:
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path.
+
+    Raises:
+        MeasureError: there is none; near paths are suggested.
+    """
     found: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if path not in found:
         near = get_close_matches(path, found, n=3)
@@ -203,7 +210,7 @@ def _module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def _collector(
-    path: str, dim: int | None, kept: _Reservoir
+    path: str, dim: int | None, kept: Reservoir
 ) -> Callable[[nn.Module, object, object], None]:
     def collect(_module: nn.Module, _inputs: object, output: object) -> None:
         kept.add(_rows(path, dim, output, kept.rows_NC))
