@@ -15,7 +15,9 @@ from torch import nn
 from neuroexapt import (
     AddRegularization,
     AxisMap,
+    InsertAttention,
     InsertConv,
+    InsertLayer,
     InsertPool,
     InsertResidual,
     Narrow,
@@ -56,6 +58,16 @@ OPERATIONS: dict[str, Choice] = {
     "Narrow": lambda axes, model: [Narrow(name, by=1) for name in widths(axes)],
     "PruneWeights": lambda axes, model: [PruneWeights("*", share=0.5)],
     "InsertConv": lambda axes, model: [InsertConv(path) for path in paths(axes, model)],
+    "InsertLayer": lambda axes, model: [InsertLayer(path) for path in paths(axes, model)],
+    "InsertLayer of copies": lambda axes, model: [
+        InsertLayer(path, "copy") for path in paths(axes, model)
+    ],
+    "InsertAttention": lambda axes, model: [
+        InsertAttention(path, causal=False) for path in paths(axes, model)
+    ],
+    "InsertAttention of positions": lambda axes, model: [
+        InsertAttention(path, "self", heads=1, causal=True) for path in paths(axes, model)
+    ],
     "InsertPool": lambda axes, model: [InsertPool(path) for path in paths(axes, model)],
     "RemoveLayer": lambda axes, model: [RemoveLayer(path) for path in paths(axes, model)],
     "InsertResidual": lambda axes, model: [InsertResidual(path) for path in paths(axes, model)],
@@ -77,6 +89,17 @@ NO_IMAGES += ("encoder_decoder", "moe", "graph_net")
 TOKENS = ("gpt_nano", "vit")
 REFUSED: dict[tuple[str, str], str] = {
     ("InsertConv", name): "with one to three spatial dimensions" for name in NO_IMAGES
+}
+REFUSED |= {
+    ("InsertLayer", name): "features in the last dimension"
+    for name in ("unet", "pixel_shuffle_net", "generator")
+}
+NO_BLOCK = ("small_cnn", "hardcoded_flatten", "vae", "pixel_shuffle_net", "lstm", "graph_net")
+REFUSED |= {("InsertLayer of copies", n): "the shape of its input" for n in NO_BLOCK}
+REFUSED |= {
+    (f"InsertAttention{kind}", name): "positions behind the channels"
+    for kind in ("", " of positions")
+    for name in ("mlp", "shared_module")
 }
 REFUSED |= {
     ("RemoveLayer", name): "an input in the shape of the output"

@@ -89,7 +89,9 @@ __all__ = [
 
 for _kind in (
     AddRegularization,
+    InsertAttention,
     InsertConv,
+    InsertLayer,
     InsertPool,
     InsertResidual,
     MakePermanent,

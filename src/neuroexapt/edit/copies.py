@@ -57,7 +57,7 @@ class CopySpec(Spec):
             input; if there are none the copy stands behind a gate.
         channels: channels of its output.
         spatial: dimensions behind them.
-        dtype: that of the gate.
+        dtype: that of the gate, where it is not what the block's first parameter is.
         numbers: attributes of its modules, by path in it and name, with the value they get.
     """
 
@@ -65,7 +65,7 @@ class CopySpec(Spec):
     silent: tuple[str, ...]
     channels: int
     spatial: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None = None
     numbers: tuple[tuple[str, str, int], ...] = ()
     fresh: ClassVar[bool] = False
 
@@ -87,7 +87,8 @@ class CopySpec(Spec):
         if self.silent:
             return block
         gate = Gate(self.channels, self.spatial)
-        return Blend(block, gate.to(device=parameters[0].device, dtype=self.dtype))
+        first = parameters[0]
+        return Blend(block, gate.to(device=first.device, dtype=self.dtype or first.dtype))
 
     def preview(self, model: nn.Module) -> list[Tensor]:
         """As many and as large as those of the block."""

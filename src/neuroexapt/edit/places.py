@@ -9,7 +9,7 @@ import torch
 from neuroexapt.capture import Call, TensorRef
 from neuroexapt.capture.trace import ModuleRun
 from neuroexapt.couple import AxisMap, Expr, leaves, size_of
-from neuroexapt.edit.doors import ROOT, Door, channel_dim
+from neuroexapt.edit.doors import ROOT, Door, channel_dim, neighbour
 from neuroexapt.errors import EditError
 
 
@@ -19,11 +19,12 @@ class Output(Door):
 
     Attributes:
         dims: what each dimension is made of.
-        dtype: what new parameters that work on it should be.
+        dtype: what new parameters that work on it should be, where it is not what their
+            neighbour is.
     """
 
     dims: tuple[Expr, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     @property
     def features_last(self) -> bool:
@@ -101,7 +102,7 @@ def output_of(axes: AxisMap, path: str) -> Output:
                 needed="a module that always puts out the same channels",
                 next_step="choose a module that is called once, or whose calls agree",
             )
-    return Output(sizes, channel, dims, _dtype(axes, refs[0]))
+    return Output(sizes, channel, dims, _dtype(axes, path, refs[0]))
 
 
 def check_called(axes: AxisMap, path: str) -> None:
@@ -130,11 +131,11 @@ def _check_floating(path: str, ref: TensorRef) -> None:
         )
 
 
-def _dtype(axes: AxisMap, ref: TensorRef) -> torch.dtype:
+def _dtype(axes: AxisMap, path: str, ref: TensorRef) -> torch.dtype | None:
     """That of the tensor, unless only a region of lower precision made it so."""
-    held = [axes.traces[0].tensors[name].dtype for name in axes.parameters]
-    floating = [dtype for dtype in held if dtype.is_floating_point]
-    return ref.dtype if ref.dtype in floating or not floating else floating[-1]
+    known = {name: axes.traces[0].tensors[name].dtype for name in axes.parameters}
+    beside = known.get(neighbour(axes, path) or "")
+    return ref.dtype if ref.dtype in known.values() and ref.dtype != beside else None
 
 
 def batch_first(axes: AxisMap, output: Output) -> bool:
