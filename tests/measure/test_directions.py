@@ -49,6 +49,20 @@ class Twice(nn.Module):
         return self.read(y).relu_() + self.read(y.square()) + self.other(input=y)
 
 
+class Conv1D(nn.Module):
+    """A linear layer with a transposed weight, as GPT-2 has it in transformers."""
+
+    def __init__(self, out: int, into: int) -> None:
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(into, out)),
+            nn.Parameter(torch.zeros(out)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
 def conv() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 5, 3, padding=1),
@@ -64,6 +78,11 @@ def conv() -> nn.Module:
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)), (6,), "0.out"),
+    "transposed": (
+        lambda: nn.Sequential(Conv1D(5, 6), nn.GELU(), Conv1D(3, 5)),
+        (6,),
+        "0.out",
+    ),
     "gated": (Gated, (6,), "gate.out"),
     "twice": (Twice, (6,), "body.out"),
     "conv": (conv, (2, 8, 8), "0.out"),
@@ -228,6 +247,19 @@ def test_rows_fit_or_the_reason_is_given_on_the_whole_zoo(name: str) -> None:
             edit = Widen(width.name, by=2, rows=rows)
             tx.stage(edit.plan(mapped(name), named_tensors(twin)))
         assert difference(before, outputs(twin, args)) <= 1e-5, width.name
+
+
+@pytest.mark.parametrize("kind", directions.KINDS)
+def test_little_data_gives_some_rows_and_broken_data_an_error(kind: str) -> None:
+    """One constant sample tells nothing apart; a NaN is named."""
+    model, x = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)), torch.zeros(1, 1)
+    axes = map_axes(model, (x,))
+    rows = growth_directions(model, loss_fn, [(x, x)], axes, "0", 2, kind)
+    assert rows["0.weight"].shape == (2, 1)
+    assert rows["0.weight"].isfinite().all()
+    assert rows["0.weight"].abs().min() > 0
+    with pytest.raises(MeasureError, match="NaN or infinite"):
+        growth_directions(model, loss_fn, [(x / 0, x)], axes, "0", 2, kind)
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {

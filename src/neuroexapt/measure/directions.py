@@ -193,7 +193,15 @@ def _tried(site: Site, batches: Sequence[Batch], pool: Pool, *, odd: bool = Fals
         rows_KR = torch.cat(rows)
         gradients.append(torch.cat(columns))
         products.append(rows_KR @ rows_KR.T / rows_KR.shape[1])
-    return _Trial(torch.stack(gradients).mean(0), torch.stack(products).mean(0))
+    trial = _Trial(torch.stack(gradients).mean(0), torch.stack(products).mean(0))
+    if not bool(trial.gradients_KP.isfinite().all() and trial.products_KK.isfinite().all()):
+        raise MeasureError(
+            site.width.name,
+            seen="NaN or infinite activations or gradients",
+            needed="finite ones",
+            next_step="lower the learning rate, or leave out the batches that diverge",
+        )
+    return trial
 
 
 def _negated(site: Site, run: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -247,7 +255,7 @@ def _gradient_pool(site: Site, batches: Sequence[Batch], units: int) -> Pool:
     )
     values, vectors = torch.linalg.eigh(products_MM)
     ridge = _WHITENING * values.clamp(min=0).mean()
-    white_MM = vectors / (values.clamp(min=0) + ridge).clamp(min=1e-300).sqrt()
+    white_MM = vectors / (values.clamp(min=0) + ridge).clamp(min=1e-30).sqrt()
     left, _, _ = torch.linalg.svd(white_MM.T @ missing_MP, full_matrices=False)
     best_MF = (white_MM @ left[:, :units]).T @ basis_MF.double()
     filters = torch.cat([best_MF, -best_MF]).to(basis_MF.dtype)
@@ -302,16 +310,20 @@ def _strengths(site: Site, batch: Batch, maker: str, filters_MF: Tensor) -> Tens
     runs = _pool_of(site, maker, filters_MF)
     found = torch.cat([_made(site, look(site, batch, run), maker) for run in runs])
     found = found[: len(filters_MF)]
-    return found.clamp(min=max(_FAINT * float(found.max()), 1e-30)).to(filters_MF.dtype)
+    largest = float(found.max())
+    if not largest > 0:  # one row, or constant inputs: nothing to go by
+        return torch.ones_like(found, dtype=filters_MF.dtype)
+    return found.clamp(min=_FAINT * largest).to(filters_MF.dtype)
 
 
 def _as_strong(site: Site, batch: Batch, maker: str, filters_MF: Tensor) -> Tensor:
     """Scaled to answer like the old units, and not longer than the longest of these."""
     own = float(_made(site, look(site, batch), maker).median())
-    scaled = filters_MF * (own / _strengths(site, batch, maker, filters_MF))[:, None]
+    # Old units that never move have no strength to go by: then only the length below holds.
+    scaled = filters_MF * ((own or 1.0) / _strengths(site, batch, maker, filters_MF))[:, None]
     place = site.makers[0]
     old = site.tensor(maker)[(site.unit(place) >= 0)].flatten(1)
-    lengths: Tensor = scaled.norm(dim=1, keepdim=True)
+    lengths: Tensor = scaled.norm(dim=1, keepdim=True).clamp(min=1e-30)
     shorter: Tensor = (old.norm(dim=1).max() / lengths).clamp(max=1.0)
     return scaled * shorter
 
@@ -320,10 +332,10 @@ def _made(site: Site, seen: Seen, maker: str) -> Tensor:
     (place,) = (place for place in site.makers if place.tensor == maker)
     where = torch.nonzero(site.unit(place) >= 0).flatten()
     module = site.model.get_submodule(maker.rpartition(".")[0])
-    behind = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)  # type: ignore[arg-type]
+    behind = len(getattr(module, "kernel_size", ()))
     outs = seen.made[maker.rpartition(".")[0]]
     rows = torch.cat([out.movedim(-1 - behind, 0).flatten(1) for out in outs], 1)
-    deviation: Tensor = rows[where.to(rows.device)].cpu().double().std(1)
+    deviation: Tensor = rows[where.to(rows.device)].cpu().double().std(1, correction=0)
     return deviation
 
 

@@ -52,7 +52,7 @@ class Reader:
     @property
     def channels(self) -> int:
         """Where the units are in the input, from the end."""
-        return -1 if isinstance(self.module, nn.Linear) else -1 - len(self.module.kernel_size)  # type: ignore[arg-type]
+        return -1 - len(getattr(self.module, "kernel_size", ()))
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,17 @@ def site_of(model: nn.Module, loss_fn: LossFn, axes: AxisMap, at: str) -> Site:
 def _reader(model: nn.Module, axes: AxisMap, width: Width, place: Appearance) -> Reader:
     path, _, own = place.tensor.rpartition(".")
     module = model.get_submodule(path)
-    dim = 0 if isinstance(module, _TRANSPOSED) else 1
-    plain = isinstance(module, _PLAIN + _TRANSPOSED) and own == "weight" and place.dim == dim
-    if not plain or getattr(module, "groups", 1) != 1 or list(module.children()):
+    # The linear layer of GPT-2 in transformers, which is no dependency, has its weight transposed.
+    transposed = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+    transposed = transposed or isinstance(module, _TRANSPOSED)
+    plain = (transposed or isinstance(module, _PLAIN)) and own == "weight"
+    dim = 0 if transposed else 1
+    if (
+        not plain
+        or place.dim != dim
+        or getattr(module, "groups", 1) != 1
+        or list(module.children())
+    ):
         kind = type(module).__name__
         _refuse(
             width.name, f"'{place.tensor}' of a {kind}, which reads the units", "Linear or Conv"
@@ -258,7 +266,9 @@ def check_no_feedback(site: Site, before: Seen, after: Seen) -> None:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+    return one.shape == other.shape and torch.allclose(
+        one, other, rtol=1e-3, atol=1e-5, equal_nan=True
+    )
 
 
 def _passes(site: Site, path: str) -> bool:
