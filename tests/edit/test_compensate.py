@@ -16,6 +16,7 @@ from neuroexapt.couple import Width, find_readers, unit_of
 from neuroexapt.errors import EditError
 from neuroexapt.guard import transaction
 from neuroexapt.measure import ReaderInputs, reader_inputs
+from neuroexapt.testing import Row, check_cell
 from tests import zoo
 from tests.laws.world import NAMES, calm, difference, mapped, outputs
 
@@ -449,3 +450,20 @@ def test_several_widths_at_once() -> None:
     apply(model, Narrow("*", by=1, scores=scores, means=found.means), (x,))
     assert [p.shape[0] for p in model.parameters()] == [5, 5, 4, 4, 2, 2]
     assert difference(before, outputs(model, (x,))) < 1e-12
+
+
+LAWS = ("mlp", "resnet_basic", "unet", "gpt_nano", "llama", "lstm", "moe", "graph_net")
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_every_law_holds_with_least_squares(name: str) -> None:
+    """All widths of a model at once, every reader fitted: each law of an edit is kept."""
+    entry = zoo.entry(name)
+    args = entry.args(4)
+
+    def fitted(axes: AxisMap, model: nn.Module) -> list[Narrow]:
+        found = reader_inputs(model, no_loss, [args], axes, products=True)
+        return [Narrow("*", by=1, means=found.means, products=found.products)]
+
+    cell = check_cell(fitted, Row(name, entry.make, args), axes=mapped(name))
+    assert cell.kept, cell.reason

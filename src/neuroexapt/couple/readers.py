@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from neuroexapt.capture import Call, TensorRef, Trace
+from neuroexapt.capture.masks import is_mask
 from neuroexapt.couple.axismap import AxisMap
 from neuroexapt.couple.index import Product, leaves, size_of
 
@@ -245,6 +246,7 @@ class _Search:
         for name, ref in trace.tensors.items():
             if name in axes.tensors:
                 self.names.setdefault(ref.id, name)
+        self.masks = {ref.id for name, ref in trace.tensors.items() if is_mask(name)}
         self.layouts: dict[int, tuple[str, Layout]] = {
             ref.id: (self.names[ref.id], tuple(range(len(ref.shape))))
             for ref in trace.tensors.values()
@@ -278,6 +280,8 @@ class _Search:
         held = self.layouts.get(first.id) if isinstance(first, TensorRef) else None
         if held is not None and len(call.outputs) == 1:
             layout = passed_on(op, call.args, held[1], call.outputs[0].shape)
+            if op == "mul" and isinstance(call.args[1], TensorRef):
+                layout = held[1] if call.args[1].id in self.masks else None
             if layout is not None:
                 self.layouts.setdefault(call.outputs[0].id, (held[0], layout))
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuroexapt.capture.masks import mask_of
 from neuroexapt.couple import AxisMap, Positions, Reader, find_readers, source_index
 from neuroexapt.edit.patch import Rewrite, WidthStep
 from neuroexapt.edit.resize import resized
@@ -111,6 +112,8 @@ def _compensate_one(
     new = _without(old, keep, reader.dim + 1)
     if fit:
         new = _fitted(new, old, keep, reader, given, centred=bool(target))
+        mask = tensors.get(mask_of(name))
+        new = new if mask is None else new * _blocks(mask, reader)
         work.weights[name] = new.reshape(tensors[name].shape)
     if target:
         lost = (old - new) * given.means[name].to(old)

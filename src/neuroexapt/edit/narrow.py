@@ -120,9 +120,11 @@ class Narrow(Edit):
         if not steps:
             raise EditError(
                 self.at,
-                seen="only widths of one unit",
-                needed="a width of two or more",
-                next_step="name another width; see `map_axes(...).widths`",
+                seen="only widths that are no larger than what must stay",
+                needed=f"a width of more than {max(1, self.minimum)} units, in multiples of "
+                f"{self.multiple_of}",
+                next_step="name another width (see `map_axes(...).widths`), or lower `minimum` and "
+                "`multiple_of`",
             )
         sizes = ", ".join(f"{s.width} to {len(s.positions)}" for s in steps)
         rewrites, told = tuple[Rewrite, ...](), ""

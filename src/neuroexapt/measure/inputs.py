@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neuroexapt.capture.masks import is_mask
 from neuroexapt.couple import AxisMap, Reader, Reading, find_readers, passed_on, reading
 from neuroexapt.couple.readers import Layout
 from neuroexapt.errors import MeasureError
@@ -170,6 +171,7 @@ class _Listener(TorchDispatchMode):
         named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         named.update(model.named_buffers(remove_duplicate=False))
         self._named = {name: named[name] for name in readers}
+        self._masks = {id(tensor) for name, tensor in named.items() if is_mask(name)}
         # The tensors are kept beside their layouts: an id is one object's while that lives.
         self._views: dict[int, tuple[Tensor, str, Layout]] = {}
         self.forget()
@@ -187,6 +189,8 @@ class _Listener(TorchDispatchMode):
         held = self._held(args[0]) if args else None
         if held is not None and isinstance(result, Tensor):
             layout = passed_on(op, args, held[1], result.shape)
+            if op == "mul":
+                layout = held[1] if id(args[1]) in self._masks else None
             if layout is not None:
                 self._views.setdefault(id(result), (result, held[0], layout))
         found = reading(op, args, self._known)

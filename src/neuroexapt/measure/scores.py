@@ -37,7 +37,8 @@ def unit_scores(
 
     Picture a gate of value 1 on what each unit gives to its readers, s being the derivative of the
     loss with respect to it: the sum of gradient times weight over all weights that read the unit
-    (with a head size, those that make its queries too).
+    (with a head size, those that make its queries too; of a unit that no weight reads, such as an
+    expert, over all weights it has).
 
     - ``"taylor"``: the absolute mean of s, the first-order change of the loss.
     - ``"fisher"``: the mean over samples of s squared, estimated without bias from micro-batches
@@ -181,9 +182,9 @@ def _gate_sums(
 
 def _gate(axes: AxisMap, width: Width) -> Iterator[_Entries]:
     first = first_names(axes)
-    for place in width.appearances:
-        if "consumer" in place.roles and first[place.tensor] == place.tensor:
-            yield _entries(axes, width, place.tensor, place.dim, None)
+    places = [place for place in width.appearances if first[place.tensor] == place.tensor]
+    for place in [p for p in places if "consumer" in p.roles] or places:
+        yield _entries(axes, width, place.tensor, place.dim, None)
     own = {(place.tensor, place.dim) for place in width.appearances}
     for mixer in width.mixers:
         sides = [
