@@ -7,6 +7,8 @@ change yourself with :func:`apply`. ``docs/architecture.md`` shows the rooms.
 from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.edit import (
     AddRegularization,
+    ExpandBottleneck,
+    IncreaseCapacity,
     InsertAttention,
     InsertConv,
     InsertLayer,
@@ -27,6 +29,8 @@ __all__ = [
     "AxisMap",
     "Budget",
     "Evolver",
+    "ExpandBottleneck",
+    "IncreaseCapacity",
     "InsertAttention",
     "InsertConv",
     "InsertLayer",

@@ -15,6 +15,8 @@ from torch import nn
 from neuroexapt import (
     AddRegularization,
     AxisMap,
+    ExpandBottleneck,
+    IncreaseCapacity,
     InsertAttention,
     InsertConv,
     InsertLayer,
@@ -25,7 +27,7 @@ from neuroexapt import (
     RemoveLayer,
     Widen,
 )
-from neuroexapt.edit import Edit, registered
+from neuroexapt.edit import Edit, Squeeze, registered
 from neuroexapt.testing import Row, check_cell
 from tests import zoo
 from tests.laws.world import NAMES, mapped
@@ -72,6 +74,11 @@ OPERATIONS: dict[str, Choice] = {
     "RemoveLayer": lambda axes, model: [RemoveLayer(path) for path in paths(axes, model)],
     "InsertResidual": lambda axes, model: [InsertResidual(path) for path in paths(axes, model)],
     "InsertResidual of several modules": lambda axes, model: spans(axes),
+    "IncreaseCapacity": lambda axes, model: [IncreaseCapacity(2.0)],
+    "ExpandBottleneck": lambda axes, model: [
+        ExpandBottleneck((Squeeze(name, axes.widths[name].size, axes.widths[name].size, 1e3),))
+        for name in widths(axes)
+    ],
     "AddRegularization of dropout": lambda axes, model: [
         AddRegularization(path, "dropout", 0.3) for path in paths(axes, model)
     ],

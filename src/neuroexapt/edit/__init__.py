@@ -6,7 +6,9 @@ decides) and one edit, :mod:`neuroexapt.edit.narrow`. Nothing in this room write
 
 from neuroexapt.edit.attend import InsertAttention
 from neuroexapt.edit.base import Edit
+from neuroexapt.edit.bottleneck import ExpandBottleneck, Squeeze
 from neuroexapt.edit.branches import BranchSpec, Gate, Spec, build
+from neuroexapt.edit.capacity import IncreaseCapacity
 from neuroexapt.edit.graft import (
     fitting_class,
     free_name,
@@ -49,7 +51,9 @@ __all__ = [
     "Decay",
     "DimEdit",
     "Edit",
+    "ExpandBottleneck",
     "Gate",
+    "IncreaseCapacity",
     "InsertAttention",
     "InsertConv",
     "InsertLayer",
@@ -68,6 +72,7 @@ __all__ = [
     "Rewrite",
     "Scaling",
     "Spec",
+    "Squeeze",
     "StochasticDepth",
     "Widen",
     "WidthStep",
@@ -90,6 +95,8 @@ __all__ = [
 for _kind in (
     AddRegularization,
     InsertAttention,
+    ExpandBottleneck,
+    IncreaseCapacity,
     InsertConv,
     InsertLayer,
     InsertPool,

@@ -351,6 +351,32 @@ def _query_positions(width: Width, place: Appearance) -> tuple[int, ...]:
     )
 
 
+def widened(
+    axes: AxisMap, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> tuple[tuple[WidthStep, ...], tuple[AttributeEdit, ...]]:
+    """Steps and attributes that bring several widths to sizes of their own, exactly.
+
+    Raises:
+        EditError: one of them cannot grow exactly.
+    """
+    drawing, steps = Drawing(axes), list[WidthStep]()
+    for name, size in sizes.items():
+        problem = stiff(axes, tensors, name)
+        if problem is not None:
+            raise problem
+        step = _step(drawing, drawing.width(name), size)
+        drawing.record(step)
+        steps.append(step)
+    return tuple(steps), (*drawing.attributes(axes), *_epsilons(axes, steps))
+
+
+def stiff(axes: AxisMap, tensors: Mapping[str, Tensor], name: str) -> EditError | None:
+    """Why a width cannot grow exactly by random units with silent readers; None if it can."""
+    width = axes.widths[name]
+    problems = Widen(name, by=width.multiple).check(axes)
+    return problems[0] if problems else _uneven(width, tensors) if tensors else None
+
+
 def _epsilons(axes: AxisMap, steps: Sequence[WidthStep]) -> list[AttributeEdit]:
     """Epsilon is added to a mean over more entries now: it shrinks with that mean."""
     values: dict[tuple[str, str], float] = {}

@@ -19,6 +19,7 @@ Read `base` first: a `Reading`, and `undisturbed`, the law that measuring change
 Signals propose and order; a measured held-out loss decides.
 """
 
+from neuroexapt.capture.flops import flops_of
 from neuroexapt.measure.affine import AffineFit, affine_fit
 from neuroexapt.measure.base import (
     Batch,
@@ -36,7 +37,6 @@ from neuroexapt.measure.cost import (
     tensor_bytes,
 )
 from neuroexapt.measure.directions import growth_directions
-from neuroexapt.measure.flops import flops_of
 from neuroexapt.measure.growth import growth_gain, noise_corrected_norm, slopes
 from neuroexapt.measure.holdout import evaluate
 from neuroexapt.measure.inputs import ReaderInputs, reader_inputs

@@ -146,8 +146,11 @@ def activations(
     *,
     channel_dim: Mapping[str, int],
     limit: int = 4096,
+    entering: bool = False,
 ) -> dict[str, Tensor]:
-    """Collect what modules put out, as a matrix of rows (samples times positions) by units.
+    """Collect what modules put out, or take in, as a matrix of rows by units.
+
+    Rows are samples times positions.
 
     Invariant: as `undisturbed`, without a graph; hooks exist only during the call, and memory is
     bounded by `limit` rows per module. The rows kept are a uniform sample, drawn with a generator
@@ -161,6 +164,7 @@ def activations(
         channel_dim: module path to the dimension of its output that counts units (1 for a
             convolution); may be left out for outputs of shape (N, C).
         limit: most rows kept per module.
+        entering: collect the first positional input of each module instead of its output.
 
     Returns:
         Module path to acts_NC, float32 on the CPU, rows in order of arrival. A module that never
@@ -184,7 +188,7 @@ def activations(
     handles = []
     try:
         for path, module in targets.items():
-            hook = _collector(path, channel_dim.get(path), kept[path])
+            hook = _collector(path, channel_dim.get(path), kept[path], entering)
             handles.append(module.register_forward_hook(hook))
         # Not every torch looks for hooks before it takes the fused path of attention.
         with undisturbed(model), plain_attention(), torch.no_grad():
@@ -210,10 +214,10 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def _collector(
-    path: str, dim: int | None, kept: Reservoir
+    path: str, dim: int | None, kept: Reservoir, entering: bool
 ) -> Callable[[nn.Module, object, object], None]:
-    def collect(_module: nn.Module, _inputs: object, output: object) -> None:
-        kept.add(_rows(path, dim, output, kept.rows_NC))
+    def collect(_module: nn.Module, inputs: object, output: object) -> None:
+        kept.add(_rows(path, dim, inputs if entering else output, kept.rows_NC))
 
     return collect
 

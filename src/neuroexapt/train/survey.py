@@ -65,7 +65,7 @@ class Surveyor:
         """The survey of this moment."""
         with undisturbed(self.model):
             self.model.eval()
-            beside = self._existing_slopes()
+            beside = self.existing_slopes()
             removal = self._removal()
             acts = self._activations()
             flops = flops_of(self.axes.traces[0])
@@ -76,7 +76,7 @@ class Surveyor:
             grow = tuple(self._growth(flops, beside))
         return Survey(self._parameters({}), flops, widths, grow)
 
-    def _existing_slopes(self) -> Tensor:
+    def existing_slopes(self) -> Tensor:
         """What the parameters that are there already promise on each signal batch."""
         rows = [
             torch.cat([grad.reshape(-1).float().cpu() for grad in grads.values()])
@@ -100,7 +100,7 @@ class Surveyor:
         """Per width the outputs of the module that makes it, where one dimension is the width."""
         wanted, dims = {}, {}
         for width in self.axes.widths.values():
-            found = self._maker(width)
+            found = self.maker(width)
             if found is not None:
                 wanted[width.name], dims[found[0]] = found[0], found[1]
         if not wanted:
@@ -109,7 +109,7 @@ class Surveyor:
         acts = activations(self.model, self.loss_fn, batches, list(dims), channel_dim=dims)
         return {name: acts[path] for name, path in wanted.items() if path in acts}
 
-    def _maker(self, width: Width) -> tuple[str, int] | None:
+    def maker(self, width: Width) -> tuple[str, int] | None:
         for place in width.appearances:
             path = place.tensor.rpartition(".")[0]
             if "producer" in place.roles and path in self.axes.modules:
@@ -170,7 +170,7 @@ class Surveyor:
 
     def _growth(self, flops: int, beside: Tensor) -> Iterator[GrowOption]:
         for edit in self._growing_edits():
-            option = self._growth_of(edit, flops, beside)
+            option = self.growth_of(edit, flops, beside)
             if option is not None:
                 yield option
 
@@ -184,7 +184,7 @@ class Surveyor:
             if original and path in self.axes.modules and isinstance(module, _ACTIVATIONS):
                 yield InsertConv(path, seed=self.seed)
 
-    def _growth_of(self, edit: Edit, flops: int, beside: Tensor) -> GrowOption | None:
+    def growth_of(self, edit: Edit, flops: int, beside: Tensor) -> GrowOption | None:
         """Make the edit, read the gradients of what is new, take it back."""
         if edit.check(self.axes):
             return None

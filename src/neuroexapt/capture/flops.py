@@ -7,7 +7,7 @@ from math import prod
 
 from torch.utils.flop_counter import conv_flop_count
 
-from neuroexapt.capture import Call, TensorRef, Trace
+from neuroexapt.capture.trace import Call, TensorRef, Trace
 
 
 def flops_of(trace: Trace) -> int:
@@ -23,9 +23,17 @@ def flops_of(trace: Trace) -> int:
         >>> flops_of(capture(nn.Linear(3, 5), (torch.zeros(7, 3),)))
         30
     """
-    total = sum(_FORMULAS[call.op](call) for call in trace.calls if call.op in _FORMULAS)
-    batch = trace.inputs[0].shape[0] if trace.inputs and trace.inputs[0].shape else 1
-    return total // max(1, batch)
+    return sum(map(flops_of_call, trace.calls)) // batch_of(trace)
+
+
+def flops_of_call(call: Call) -> int:
+    """FLOPs of one operator call on the whole batch; 0 where none are counted."""
+    return _FORMULAS[call.op](call) if call.op in _FORMULAS else 0
+
+
+def batch_of(trace: Trace) -> int:
+    """The number of samples: the first dimension of the first input."""
+    return max(1, trace.inputs[0].shape[0] if trace.inputs and trace.inputs[0].shape else 1)
 
 
 def _matrix_product(call: Call) -> int:
