@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuroexapt import InsertLayer, Narrow, Widen, apply, map_axes, transaction
+from neuroexapt import InsertAttention, InsertLayer, Narrow, Widen, apply, map_axes, transaction
+from neuroexapt.edit import Edit
 from neuroexapt.edit.copies import Blend
 from neuroexapt.edit.passing import silenced
 from neuroexapt.errors import EditError
@@ -301,6 +302,41 @@ def test_copies_widen_and_narrow_like_their_blocks() -> None:
         for old, new in zip(before, both(twin, args), strict=True):
             torch.testing.assert_close(new, old, rtol=0, atol=1e-10)
         apply(copy.deepcopy(model), Narrow(name, by=1), args)
+
+
+class Padded(nn.Module):
+    """torch's own encoder on sentences of unlike length; token 0 is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.embed, self.encoder = nn.Embedding(11, 8), nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoder(self.embed(x), src_key_padding_mask=x == 0)
+        return y.masked_fill((x == 0).unsqueeze(-1), 0.0)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        InsertLayer("encoder.layers.0", "copy"),
+        InsertLayer("encoder.layers.1"),
+        InsertAttention("encoder.layers.0", "self", heads=2, causal=False),
+        InsertLayer("encoder"),
+    ],
+    ids=repr,
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_batches_in_evaluation_mode(edit: Edit) -> None:
+    """Without gradients torch takes another way through its encoder; the output is the same."""
+    model, x = Padded().double(), torch.tensor([[3, 5, 7, 0, 0], [1, 2, 3, 4, 5]])
+    apply(model, edit, (x,))
+    waken(model)
+    expected = model.eval()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    assert model.encoder.use_nested_tensor is (edit.place == "encoder")
 
 
 # --- what is copied, and what is not -------------------------------------------------------------

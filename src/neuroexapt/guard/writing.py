@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -189,6 +190,7 @@ def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: I
     child = free_name(module, insertion.child)
     add_child(ledger, module, child, branch)
     set_class(ledger, module, fitting_class(module))
+    _stay_dense(ledger, model, insertion.module)
     if optimizer is not None:
         prefix = f"{insertion.module}.{child}".lstrip(".")
         before = {id(p) for p in order}
@@ -200,6 +202,15 @@ def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: I
                 groups.setdefault(beside, {})[f"{prefix}.{name}"] = parameter
         for beside, added in groups.items():
             adopt(ledger, optimizer, added, named.get(beside or ""), order)
+
+
+def _stay_dense(ledger: Ledger, model: nn.Module, path: str) -> None:
+    """Encoders around an insertion no longer pack padded batches, in evaluation mode, into
+    nested tensors: hardly any module but torch's own layer works on these."""
+    around = itertools.accumulate(path.split("."), lambda outer, name: f"{outer}.{name}")
+    for outer in ["", *around]:
+        if outer != path and isinstance(model.get_submodule(outer), nn.TransformerEncoder):
+            set_attribute(ledger, model, Attribute(outer, "use_nested_tensor"), False)
 
 
 def _rewrite_all(
