@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt.capture.derived import begin_training, keepers
+from neuroexapt.capture.interrupts import held_back
 
 _CONTAINERS = (dict, list, set)
 _DEEPEST = 4  # objects in lists in objects of a module: further in nobody keeps state
@@ -135,10 +136,11 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        _clear(caches)
-        for space, contents in held:
-            _put_back(space, contents)
-        silent.disabled = disabled
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+        with held_back():
+            _clear(caches)
+            for space, contents in held:
+                _put_back(space, contents)
+            silent.disabled = disabled
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.backends.mha.set_fastpath_enabled(fast_path)

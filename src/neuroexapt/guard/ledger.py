@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from neuroexapt.capture.attributes import Attribute, read, write
+from neuroexapt.capture.interrupts import held_back
 from neuroexapt.errors import GuardError
 
 
@@ -47,12 +48,16 @@ class Ledger:
     def roll_back(self, to: int = 0) -> None:
         """Take back every write after the first ``to``, last one first.
 
-        An interruption meanwhile is raised once all is taken back: every way back may be
-        walked twice.
+        An interruption meanwhile waits until all is taken back. One that a way back raises itself
+        is raised then too: every way back may be walked twice.
 
         Raises:
             GuardError: a way back failed; the others have been taken all the same.
         """
+        with held_back():
+            self._walk_back(to)
+
+    def _walk_back(self, to: int) -> None:
         failures: list[str] = []
         interruption: KeyboardInterrupt | None = None
         while len(self._undo) > to:

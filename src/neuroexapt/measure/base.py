@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from neuroexapt.capture.interrupts import held_back
 from neuroexapt.errors import MeasureError
 
 Batch = Any
@@ -176,13 +177,14 @@ def undisturbed(model: nn.Module, *, stream: RandomStream | None = None) -> Iter
             stream.state.restore()
         yield
     finally:
-        if stream is not None:
-            stream.state = _RandomState.read(devices)
-        before.restore()
-        for held in buffers:
-            held.restore()
-        for module, flag in flags:
-            module.training = flag
+        with held_back():
+            if stream is not None:
+                stream.state = _RandomState.read(devices)
+            before.restore()
+            for held in buffers:
+                held.restore()
+            for module, flag in flags:
+                module.training = flag
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from neuroexapt.capture.interrupts import held_back
 from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.errors import NeuroExaptError
 from neuroexapt.guard import Trial, inner_copies, inner_module
@@ -208,9 +209,10 @@ class Evolver:
             return
         self._closed = True
         if self._trial is not None:
-            pending, self._trial = self._trial, None
-            pending.trial.roll_back()
-            self._axes = None
+            with held_back():
+                pending, self._trial = self._trial, None
+                pending.trial.roll_back()
+                self._axes = None
             why = "the run ended before its verdict"
             self.chronicle.verdict(pending.number, "rolled_back", why)
         seconds = time.perf_counter() - self._started
@@ -252,13 +254,14 @@ class Evolver:
         outcome = judge(self.state, self.settings, self.limits)
         if outcome is None or self._trial is None:
             return None
-        self.state, verdict = outcome
-        pending, self._trial = self._trial, None
-        if verdict.kept:
-            pending.trial.keep()
-        else:
-            pending.trial.roll_back()
-            self._axes = None
+        with held_back():  # the model and what is known of it change together
+            self.state, verdict = outcome
+            pending, self._trial = self._trial, None
+            if verdict.kept:
+                pending.trial.keep()
+            else:
+                pending.trial.roll_back()
+                self._axes = None
         name = "kept" if verdict.kept else "rolled_back"
         realised = {"loss": verdict.realised, "parameters": pending.parameters}
         self.chronicle.verdict(pending.number, name, verdict.why, realised)
@@ -293,15 +296,19 @@ class Evolver:
         except NeuroExaptError as error:
             self._refuse(number, candidate, str(error), for_good=True)
             return
+        except BaseException:
+            trial.roll_back()
+            raise
         first = self._first_check(trial, candidate)
         if not first.kept:
             trial.roll_back()
             self._refuse(number, candidate, first.why, for_good=False)
             return
-        self._axes = None
-        self.state = started(self.state, candidate)
         added = done.parameters_after - done.parameters_before
-        self._trial = _Pending(number, trial, added)
+        with held_back():
+            self._axes = None
+            self.state = started(self.state, candidate)
+            self._trial = _Pending(number, trial, added)
         self.chronicle.applied(number, done)
 
     def _first_check(self, trial: Trial, candidate: Candidate) -> Verdict:
