@@ -181,6 +181,63 @@ def test_an_insertion_beside_a_removed_layer_stays() -> None:
     assert torch.equal(out(model, x), expected)
 
 
+class Merge(nn.Module):
+    """Adds what it makes of its first input to its second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+
+    def forward(self, hidden: Tensor, stream: Tensor) -> Tensor:
+        return torch.as_tensor(self.norm(self.dense(hidden) + stream))
+
+
+class Merging(nn.Module):
+    """A post-norm block the way BERT writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.merge = nn.Linear(6, 6), Merge()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.merge(torch.tanh(self.inner(x)), x) * 2)
+
+
+def test_of_several_inputs_the_stream_is_passed() -> None:
+    """Not the first one, but the one that the output is a sum with."""
+    model = Merging()
+    apply(model, RemoveLayer("merge"), (X,))
+    assert torch.equal(out(model, X), 2 * X)
+
+
+def _skipped() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = nn.Sequential(
+            nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU()
+        )
+    apply(model, InsertResidual("0.0", to="2"), (X,))
+    return model
+
+
+def test_both_ends_of_a_skip_go_together() -> None:
+    """Nothing keeps a tensor for an end that is gone; a beginning does not go alone."""
+    model, plain = _skipped(), _skipped()
+    with pytest.raises(EditError, match="beginning of a skip that ends outside"):
+        apply(model, RemoveLayer("0"), (X,))
+    before = snapshot(model)
+    tx = transaction(model)
+    tx.apply(RemoveLayer("2.nx_join"), (X,))
+    assert not [name for name, _ in model.named_modules() if "nx_" in name]
+    assert type(model[0][0]) is type(model[2]) is nn.Linear
+    tx.roll_back()
+    assert not changes(before, snapshot(model))
+    apply(model, RemoveLayer("2"), (X,))  # the layer goes, the skip around it stays
+    _awake(model)
+    expected = plain[1](plain[0](X)) + 0.3 * X
+    torch.testing.assert_close(out(model, X), expected.relu().detach())
+
+
 # --- what goes along -------------------------------------------------------------------------
 
 

@@ -144,12 +144,17 @@ class Flow:
         ends = zeros | constants | sums
         return None if ends.intersection(self.trace.outputs) else found
 
-    def matrices(self, source: TensorRef, target: TensorRef, stop: int) -> int:
-        """How many layers with a weight matrix lead from one tensor to the other."""
-        count, reached = 0, {source}
-        needed = self.origins(target, stop)
-        for call in self.trace.calls[:stop]:
-            if reached.intersection(call.inputs) and needed.intersection(call.outputs):
-                reached.update(call.outputs)
-                count += call.op in _CONTRACTIONS
-        return count
+    def distance(self, source: TensorRef, target: TensorRef, span: range) -> int | None:
+        """The fewest layers with a weight matrix on a way from one tensor to another.
+
+        Only the calls of ``span`` count; None where no way leads there.
+        """
+        away = {source: 0}
+        for number in span:
+            call = self.trace.calls[number]
+            before = [away[ref] for ref in call.inputs if ref in away]
+            if before:
+                steps = min(before) + (call.op in _CONTRACTIONS)
+                for ref in call.outputs:
+                    away[ref] = min(steps, away.get(ref, steps))
+        return away.get(target)

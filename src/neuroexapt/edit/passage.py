@@ -123,7 +123,8 @@ def _answer(axes: AxisMap, flow: Flow, run: ModuleRun, absorbed: bool) -> Any:
         raise _no_answer(
             run, f"input {shapes}, output {out.shape}", "an input in the shape of the output"
         )
-    entry = out if out in given else alike[0]
+    # What was fitted to data was fitted with the first one.
+    entry = alike[0] if absorbed else _nearest(flow, run, alike, out)
     main: Given | Nothing = Given(given[entry], flow.rewrites((entry, out), run.stop))
     if not absorbed and _is_branch_of_stream(axes, flow, run, entry, out):
         main = Nothing(given[entry])
@@ -146,6 +147,14 @@ def _answer(axes: AxisMap, flow: Flow, run: ModuleRun, absorbed: bool) -> Any:
     return _mapped(run.result, leaf)
 
 
+def _nearest(flow: Flow, run: ModuleRun, entries: Sequence[TensorRef], out: TensorRef) -> TensorRef:
+    """The input that the output is nearest to: a stream rather than what is added to it."""
+    inside = range(run.start, run.stop)
+    away = {ref: flow.distance(ref, out, inside) for ref in entries}
+    known = {ref: steps for ref, steps in away.items() if steps is not None}
+    return min(known, key=lambda ref: known[ref]) if known else entries[0]
+
+
 def _is_branch_of_stream(
     axes: AxisMap, flow: Flow, run: ModuleRun, entry: TensorRef, out: TensorRef
 ) -> bool:
@@ -153,7 +162,7 @@ def _is_branch_of_stream(
     if out in run.inputs or not _holds_matrix(axes, run.path):
         return False
     stream = flow.stream(run, entry, out)
-    return stream is not None and not flow.matrices(stream, entry, run.start)
+    return stream is not None and flow.distance(stream, entry, range(run.start)) == 0
 
 
 def _holds_matrix(axes: AxisMap, path: str) -> bool:

@@ -246,14 +246,14 @@ def _check_place(axes: AxisMap, path: str) -> None:
     if path in axes.modules:
         return
     inside = [name for name in axes.modules if name.startswith(f"{path}.")]
-    if inside or held(axes, path):
+    if path in axes.kinds or inside or held(axes, path):
         raise EditError(
             path,
             seen="a module that is not called in the forward on this example input",
             needed="one that is",
             next_step=f"name one of its parts, such as '{inside[0]}'"
             if inside
-            else "name the module that reads its tensors",
+            else "name the module around it",
         )
     axes.find(path)  # raises with near names, unless it is a width
     raise EditError(

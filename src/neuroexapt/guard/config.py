@@ -136,7 +136,9 @@ def _bring_in_step(
     target = sizes_of(owner.module)
     if target.keys() != table.base.keys():
         odd = sorted({name for name, _ in target.keys() ^ table.base.keys()})
-        return f"{odd[0]} has no counterpart in a model built from it"
+        gone = odd[0] in {name for name, _ in table.base}
+        where = "the edited model" if gone else "a model built from it"
+        return f"{odd[0]} has no counterpart in {where}"
     table.look(target)
     refused: list[str] = []
     fitting = list(_fitting(owner, table, target, refused))

@@ -45,6 +45,7 @@ from neuroexapt.guard.masking import held_mask, set_mask
 from neuroexapt.guard.numbered import renumber
 from neuroexapt.guard.optimizer import abandon, adopt, convert, migrate, reset
 from neuroexapt.guard.recurrent import recurrent_owners, release, renew
+from neuroexapt.guard.skips import settle_skips
 from neuroexapt.guard.values import alike, set_values
 
 Optimizer = torch.optim.Optimizer | None
@@ -162,6 +163,7 @@ def _remove(ledger: Ledger, model: nn.Module, optimizer: Optimizer, removal: Rem
                 drop_item(ledger, held, name)
         add_child(ledger, module, free_name(module, "nx_pass"), passage)
         set_class(ledger, module, fitting_class(module))
+    settle_skips(ledger, model, removal.module)
     if optimizer is not None:
         left = {id(p) for p in model.parameters()}  # a tied parameter may live on elsewhere
         abandon(ledger, optimizer, [p for p in before if id(p) not in left])
