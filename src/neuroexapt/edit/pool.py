@@ -96,12 +96,13 @@ class InsertPool(Edit):
             for at, dim in self._folds(axes, trace, door).items():
                 folds.setdefault(at, dim)
         spec = PoolSpec(kind=self.kind, spatial=len(door.space), stride=self.stride)
+        name = {"avg": "an average", "max": "a max", "global": "a global average"}[self.kind]
         windows = "" if self.kind == "global" else f" over windows of {self.stride}"
-        follow = f"; {', '.join(name for name, _ in folds)} follow" if folds else ""
+        follow = f", folded into {', '.join(name for name, _ in folds)}" if folds else ""
         return Patch(
             self,
             "approximate",
-            f"add a {self.kind} pool{windows} after '{self.after}'{follow}",
+            f"add {name} pool{windows} after '{self.after}'{follow}",
             refolds=tuple(Refold(name, dim, fold.groups) for (name, dim), fold in folds.items()),
             attributes=_attributes(axes, folds),
             insertions=(Insertion(self.after, THEN, spec, None),),
