@@ -15,7 +15,6 @@ from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import resize_expr, unit_of
 from neuroexapt.edit import share
 from neuroexapt.edit.initial import mean_shares, split_positions
-from neuroexapt.errors import EditError
 from neuroexapt.guard import transaction
 from neuroexapt.testing import Row, check_cell
 from tests import zoo
@@ -25,20 +24,24 @@ from tests.laws.world import NAMES, calm, difference, mapped, outputs
 
 @pytest.mark.parametrize("name", NAMES)
 def test_split_is_exact_or_refused_for_a_reason_on_the_map(name: str) -> None:
-    """Each width: both modes to 1e-10 with more than twice the units, or a mixer is named."""
-    args = zoo.example(name, dtype=torch.float64)
-    before = {t: outputs(calm(name, torch.float64), args, t) for t in (False, True)}
-    for width in mapped(name).widths.values():
-        edit = Widen(width.name, by=width.size + 1, init="split")
-        model = calm(name, torch.float64)
-        if width.mixers:
-            with pytest.raises(EditError, match=f"'{width.mixers[0].kind}' mixes"):
-                edit.plan(mapped(name), named_tensors(model))
-            continue
-        with transaction(model) as tx:
-            tx.stage(edit.plan(mapped(name), named_tensors(model)))
-        for training, expected in before.items():
-            assert difference(expected, outputs(model, args, training)) <= 1e-10, width.name
+    """Every width grows, mostly to more than twice its size, to 1e-10; or its mixer is named."""
+    args, axes, model = (
+        zoo.example(name, dtype=torch.float64),
+        mapped(name),
+        calm(name, torch.float64),
+    )
+    before = {training: outputs(model, args, training) for training in (False, True)}
+    for width in axes.widths.values():
+        problems = Widen(width.name, by=1.2, init="split").check(axes)
+        assert bool(problems) == bool(width.mixers), width.name
+        assert all(f"'{width.mixers[0].kind}' mixes" in problems[0].seen for _ in problems[:1])
+    edit = Widen("*", by=0.3 if name == "reference_cnn" else 1.2, init="split")  # that one is big
+    patch = edit.plan(axes, named_tensors(model))
+    assert len(patch.steps) == sum(not width.mixers for width in axes.widths.values())
+    with transaction(model) as tx:
+        tx.stage(patch)
+    for training, expected in before.items():
+        assert difference(expected, outputs(model, args, training)) <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["mlp", "small_cnn", "lstm", "llama"])
@@ -51,6 +54,19 @@ def test_every_law_holds_for_split_units(name: str) -> None:
     entry = zoo.entry(name)
     cell = check_cell(choice, Row(name, entry.make, entry.args(4)), axes=mapped(name))
     assert cell.kept, cell.reason
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "lstm"])
+def test_a_moving_average_keeps_its_function_too(name: str) -> None:
+    """A copy with other weights gets the same shares."""
+    args, model = zoo.example(name, dtype=torch.float64), calm(name, torch.float64)
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.mul_(0.9)
+    before = outputs(average, args)
+    apply(model, Widen("*", by=0.4, init="split"), args, copies=[average])
+    assert difference(before, outputs(average, args)) <= 1e-10
 
 
 def test_shares_differ_and_add_up() -> None:
