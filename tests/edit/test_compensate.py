@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuroexapt import AxisMap, Narrow, apply, map_axes
+from neuroexapt import AxisMap, Narrow, PruneWeights, apply, map_axes
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import Width, find_readers, unit_of
-from neuroexapt.errors import EditError
+from neuroexapt.errors import EditError, MeasureError
 from neuroexapt.guard import transaction
 from neuroexapt.measure import ReaderInputs, reader_inputs
 from neuroexapt.testing import Row, check_cell
@@ -408,6 +408,54 @@ def test_a_weight_norm_is_not_guessed_at() -> None:
     readers = find_readers(axes)
     assert {r.why_not for r in readers.values()} <= {"read in a form computed from it"}
     assert not reader_inputs(model, no_loss, [(x,)], axes).means
+
+
+def test_a_masked_reader_keeps_its_mask() -> None:
+    """The mean is matched and the fit made with what the mask lets through."""
+    model, x, _, at, _ = built("linear")
+    apply(model, PruneWeights("2", share=0.5, score="random"), (x,))
+    mask = model.get_buffer("2.nx_mask_weight").clone()
+    axes = map_axes(model, (x,))
+    found = given(model, x, axes, products=True)
+    before = model(x).detach().mean(0)
+    scores = {at: [0.0, 1.0, 0.0, 1.0, 1.0, 1.0]}
+    edit = Narrow(at, by=2, scores=scores, means=found.means, products=found.products)
+    apply(model, edit, (x,))
+    assert torch.equal(model.get_buffer("2.nx_mask_weight"), mask[:, [1, 3, 4, 5]])
+    assert not named_tensors(model)["2.weight"][~mask[:, [1, 3, 4, 5]]].any()
+    torch.testing.assert_close(model(x).detach().mean(0), before)
+
+
+def test_inputs_are_seen_under_autocast() -> None:
+    """The weights that are read there are copies in half precision."""
+    model, x, axes, _, _ = built("linear")
+    model, x = model.float(), x.float()
+
+    def half(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return no_loss(model, batch)
+
+    found = reader_inputs(model, half, [(x,)], axes).means["2.weight"]
+    expected = given(model, x, axes).means["2.weight"]
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01)
+
+
+def test_nothing_measured_is_said() -> None:
+    """A generator that has been read to its end gives no batch."""
+    model, _, axes, _, _ = built("linear")
+    with pytest.raises(MeasureError, match="no batch"):
+        reader_inputs(model, no_loss, iter(()), axes)
+
+
+def test_a_model_without_data_is_narrowed_alone() -> None:
+    """On the meta device there is nothing to make up for."""
+    model, x, axes, at, _ = built("linear")
+    found = given(model, x, axes, products=True)
+    ghost = model.to("meta")
+    edit = Narrow(at, by=2, score="random", means=found.means, products=found.products)
+    done = apply(ghost, edit, (x.to("meta"),))
+    assert "it has no values yet" in done.description
+    assert [p.shape[0] for p in ghost.parameters()] == [4, 4, 3, 3]
 
 
 def _wrong(model: nn.Module, x: Tensor) -> Mapping[str, Narrow]:

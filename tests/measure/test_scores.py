@@ -269,10 +269,18 @@ def test_random_is_drawn_from_the_seed_and_the_name() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "widths", "count"),
-    [("entropy", None, 4), ("taylor", ["1.out"], 4), ("fisher", None, 2), ("redundancy", None, 1)],
+    [
+        ("entropy", None, 4),
+        ("taylor", ["1.out"], 4),
+        ("taylor", None, 0),
+        ("fisher", None, 2),
+        ("redundancy", None, 1),
+    ],
 )
 def test_what_cannot_be_scored_is_refused(kind: str, widths: list[str] | None, count: int) -> None:
     """An unknown kind or width, too few batches, fewer rows than units."""
     model, x, axes = net()
     with pytest.raises(MeasureError):
-        unit_scores(model, loss, [(p,) for p in x[: 2 * count].split(2)], axes, kind, widths)
+        unit_scores(
+            model, loss, [(p,) for p in x[: 2 * count].split(2) if len(p)], axes, kind, widths
+        )

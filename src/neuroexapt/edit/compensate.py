@@ -103,6 +103,7 @@ def _compensate_one(
     name, target = reader.tensor, reader.bias or reader.mean
     fit = name in given.products
     why = reader.why_not or _why_not(axes, name, target, given)
+    why = "it has no values yet" if tensors[name].is_meta else why
     if why:
         work.left.append(f"'{name}' ({why})")
         return

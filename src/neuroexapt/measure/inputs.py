@@ -75,7 +75,7 @@ def reader_inputs(
         several ways, is absent.
 
     Raises:
-        MeasureError: a name in ``widths`` that is no width.
+        MeasureError: a name in ``widths`` that is no width, or no batch.
 
     Example:
         >>> from neuroexapt import map_axes
@@ -92,13 +92,27 @@ def reader_inputs(
     mode = _Listener(model, readers, limit if products else 0)
     with undisturbed(model), visible_products(model), torch.no_grad():
         model.eval()
+        any_batch = False
         for batch in batches:
+            any_batch = True
             with mode:
                 loss_fn(model, batch)
             mode.forget()
+    if not any_batch:
+        raise no_batches("reader_inputs")
     return ReaderInputs(
         {name: tally.mean() for name, tally in mode.tallies.items() if tally.rows},
         {n: t.products.cpu() for n, t in mode.tallies.items() if t.products is not None},
+    )
+
+
+def no_batches(place: str) -> MeasureError:
+    """Nothing was measured: an iterator that had been read to its end, say."""
+    return MeasureError(
+        place,
+        seen="no batch",
+        needed="at least one",
+        next_step="pass a list of batches; a generator can be read only once",
     )
 
 

@@ -17,7 +17,7 @@ from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap, Reader, Width, find_readers, first_names, unit_of
 from neuroexapt.errors import MeasureError
 from neuroexapt.measure.base import Batch, LossFn, batch_size_of, undisturbed
-from neuroexapt.measure.inputs import reader_inputs, visible_products
+from neuroexapt.measure.inputs import no_batches, reader_inputs, visible_products
 from neuroexapt.measure.removal import removal_loss
 from neuroexapt.measure.sampling import gradients
 
@@ -83,6 +83,8 @@ def unit_scores(
     """
     _check(axes, kind, widths)
     batches = list(batches)
+    if not batches:
+        raise no_batches("unit_scores")
     if kind in ("redundancy", "reconstruction"):
         scores = _from_inputs(model, loss_fn, batches, axes, kind, widths)
     else:
