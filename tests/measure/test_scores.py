@@ -55,10 +55,12 @@ class Experts(nn.Module):
 
 
 def gate(model: nn.Module, axes: AxisMap, name: str, unit: int, value: float) -> None:
-    """Scale what a unit gives to its readers; in a dot product, what makes the left operand too."""
+    """Scale what a unit gives to its readers (in a dot product, what makes its left operand too), or
+    all of its weights where nothing reads it."""
     width, named = axes.widths[name], named_tensors(model)
     done = set()
-    places = [(p.tensor, p.dim, None) for p in width.appearances if "consumer" in p.roles]
+    read = [place for place in width.appearances if "consumer" in place.roles]
+    places = [(place.tensor, place.dim, None) for place in read or width.appearances]
     for mixer in width.mixers:
         if mixer.kind == "dot":
             places += [(s.tensor, s.dim, s.positions) for s in mixer.sides[0]]  # type: ignore[misc]
