@@ -55,8 +55,10 @@ class Experts(nn.Module):
 
 
 def gate(model: nn.Module, axes: AxisMap, name: str, unit: int, value: float) -> None:
-    """Scale what a unit gives to its readers (in a dot product, what makes its left operand too), or
-    all of its weights where nothing reads it."""
+    """Scale what a unit gives to its readers, or all of its weights where nothing reads it.
+
+    In a dot product what makes its left operand is scaled too.
+    """
     width, named = axes.widths[name], named_tensors(model)
     done = set()
     read = [place for place in width.appearances if "consumer" in place.roles]
