@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from neuroexapt import Narrow, PruneWeights, apply, map_axes, transaction
 from neuroexapt.capture.masks import is_mask
 from neuroexapt.edit import Edit, MakePermanent
-from neuroexapt.edit.sparsity import lamp
+from neuroexapt.edit.sparsity import lamp, without_lowest
 from neuroexapt.edit.weights import found_weights
 from neuroexapt.errors import EditError, UnknownPlaceError
 from neuroexapt.measure import dense_gradients
@@ -65,13 +65,31 @@ def test_only_weights_that_multiply_are_pruned_by_a_pattern(name: str) -> None:
 
 def test_a_global_share_is_one_threshold_over_all_weights() -> None:
     """Brute force: sort every magnitude."""
-    dense, model = mlp(), pruned(0.3)
+    dense, model = mlp(), pruned(0.3, score="magnitude")
     weights = {n: p.detach() for n, p in dense.named_parameters() if n in masks_of(model)}
     everything = torch.cat([w.abs().flatten() for w in weights.values()]).sort().values
     threshold = everything[int(0.3 * everything.numel() + 0.5)]
     assert set(weights) == {"body.0.weight", "head.weight"}
     for name, mask in masks_of(model).items():
         assert torch.equal(mask, weights[name].abs() >= threshold)
+
+
+def test_the_threshold_of_many_weights_is_exact() -> None:
+    """A sample brackets it; with ties, infinities and orders that mislead the sample too."""
+    torch.manual_seed(0)
+    spread, size = torch.rand(1_200_000), 1_200_000
+    cases = [
+        spread,
+        torch.arange(size, dtype=torch.float32),
+        torch.ones(size),
+        torch.cat([torch.full((700_000,), -torch.inf), spread[:500_000]]),
+        torch.cat([spread[:600_000], spread[600_000:] * 1e-3]),
+    ]
+    for values in cases:
+        for count in (1, size // 2, size - 1):
+            (kept,) = without_lowest([values], count)
+            assert int(kept.sum()) == size - count
+            assert values[kept].min() >= values[~kept].max()
 
 
 def test_a_share_by_layer_is_that_share_in_each() -> None:

@@ -20,7 +20,7 @@ from neuroexapt.errors import EditError
 
 _NAMED = 3  # weights that a description names one by one
 _SCOPES = ("global", "layer")
-_SCORES = ("magnitude", "lamp", "random")
+_SCORES = ("lamp", "magnitude", "random")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class PruneWeights(Edit):
             layer reads, such as (2, 4). Exactly one of ``share`` and ``pattern``. With a glob,
             weights whose size m does not divide stay as they are; the description says which.
         scope: ``"global"``, one threshold over all weights, or ``"layer"``, the share in each.
-        score: ``"magnitude"``, ``"lamp"`` or ``"random"``; lower goes first.
+        score: ``"lamp"`` (magnitude, weighed so that each layer gets a share of its own; best or
+            even in every comparison of ``docs/operations.md``), ``"magnitude"`` or ``"random"``;
+            lower goes first.
         scores: per parameter name one score a weight instead (see
             :func:`neuroexapt.measure.weight_scores`), higher is more important.
         skip: names, paths or globs of what is left alone.
@@ -61,14 +63,14 @@ class PruneWeights(Edit):
         >>> net[0].nx_mask_weight.dtype, int(sum((net[i].weight == 0).sum() for i in (0, 2)))
         (torch.bool, 24)
 
-    Han et al. 2015 for magnitude, Lee et al. 2021 for LAMP, Mishra et al. 2021 for 2:4.
+    Lee et al. 2021 for LAMP, Han et al. 2015 for magnitude, Mishra et al. 2021 for 2:4.
     """
 
     at: str = "*"
     share: float | None = None
     pattern: tuple[int, int] | None = None
     scope: str = "global"
-    score: str = "magnitude"
+    score: str = "lamp"
     scores: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     skip: tuple[str, ...] = ()
     seed: int = 0
@@ -280,6 +282,8 @@ def told(masks: Mapping[str, Tensor]) -> str:
     if len(masks) == 1:
         return f"{whole} in {next(iter(masks))}"
     least, most = min(share, key=share.__getitem__), max(share, key=share.__getitem__)
+    if share[least] == share[most]:
+        return f"{whole} in each of {len(masks)} tensors"
     spread = f"from {share[least]:.1f} % in {least} to {share[most]:.1f} % in {most}"
     return f"{whole} in {len(masks)} tensors, {spread}"
 

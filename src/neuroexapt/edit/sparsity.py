@@ -10,6 +10,8 @@ from torch import Tensor
 
 from neuroexapt.errors import EditError
 
+_MANY, _SAMPLE = 2**20, 2**16
+
 
 def sparsity_at(
     step: int, *, final: float, steps: int, start: int = 0, initial: float = 0.0
@@ -82,13 +84,26 @@ def without_lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     flat = torch.cat([score.flatten() for score in scores])
     kept = torch.ones_like(flat, dtype=torch.bool)
     if count:
-        threshold = flat.kthvalue(count).values
+        threshold = _threshold(flat, count)
         kept = flat > threshold
         ties = torch.nonzero(flat == threshold).flatten()
         left = count - int((flat < threshold).sum())
         kept[ties[left:]] = True
     parts = kept.split([score.numel() for score in scores])
     return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+
+
+def _threshold(flat: Tensor, count: int) -> Tensor:
+    """The ``count``-th lowest entry; of many, the candidates are bracketed by a sample first."""
+    if flat.numel() > _MANY:
+        sample = flat[:: flat.numel() // _SAMPLE].sort().values
+        at, margin = count * len(sample) // flat.numel(), len(sample) // 64
+        low, high = sample[max(0, at - margin)], sample[min(len(sample) - 1, at + margin)]
+        below = int((flat < low).sum())
+        near = flat[(flat >= low) & (flat <= high)]
+        if below < count <= below + near.numel():
+            return near.kthvalue(count - below).values
+    return flat.kthvalue(count).values
 
 
 def keep_n_of_m(score: Tensor, dim: int, n: int, m: int) -> Tensor:
@@ -117,8 +132,8 @@ def lamp(weight: Tensor) -> Tensor:
 
     Lee et al. 2021 (LAMP).
     """
-    squares = weight.detach().abs().double().square().flatten()
-    ordered, order = squares.sort(stable=True)
-    sums = ordered.flip(0).cumsum(0).flip(0)
-    scores = torch.where(sums > 0, ordered / sums, 0.0)
-    return torch.empty_like(squares).index_copy_(0, order, scores).view(weight.shape)
+    sizes, order = weight.detach().abs().flatten().sort()
+    squares = sizes.double().square()
+    sums = squares.flip(0).cumsum(0).flip(0)
+    scores = torch.where(sums > 0, squares / sums, 0.0)
+    return torch.empty_like(scores).index_copy_(0, order, scores).view(weight.shape)
