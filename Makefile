@@ -4,11 +4,11 @@ WORKERS ?= 2
 BIN := .venv/bin
 
 # One thread per test worker: two workers with a thread pool each fight over the cores.
-test: export OMP_NUM_THREADS = 1
+test nightly: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint format clean
+.PHONY: help demo test nightly check lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -18,6 +18,9 @@ demo: .venv/.installed  ## train a network that changes itself, beside a static 
 
 test: .venv/.installed  ## run all tests, doctests included
 	@$(BIN)/python -m pytest -n $(WORKERS)
+
+nightly: .venv/.installed  ## any order of operations, 2,000 new sequences on each of six models
+	@NEUROEXAPT_SEQUENCES=2000 $(BIN)/python -m pytest -n $(WORKERS) tests/laws/test_any_order.py
 
 check: lint test  ## everything CI runs: format, lint, types, then all tests
 

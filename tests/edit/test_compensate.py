@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -513,5 +514,5 @@ def test_every_law_holds_with_least_squares(name: str) -> None:
         found = reader_inputs(model, no_loss, [args], axes, products=True)
         return [Narrow("*", by=1, means=found.means, products=found.products)]
 
-    cell = check_cell(fitted, Row(name, entry.make, args), axes=mapped(name))
+    cell = check_cell(fitted, Row(name, entry.make, args), maps=partial(mapped, name))
     assert cell.kept, cell.reason

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import nn
 
 from neuroexapt import AxisMap, PruneWeights, map_axes, transaction
-from neuroexapt.capture.masks import MASK, is_mask
-from neuroexapt.edit import Edit, MakePermanent, RegrowWeights
+from neuroexapt.capture.masks import is_mask
 from neuroexapt.testing import Row, check_cell
 from tests import zoo
-from tests.laws.test_table import ON_MASKED, OPERATIONS
+from tests.laws.operations import ON_MASKED, OPERATIONS, Choice
 from tests.laws.world import mapped
 
 FAMILIES = ("groupnorm_cnn", "gpt_nano", "encoder_layer", "lstm", "moe")
 
 
-def regrown(axes: AxisMap, model: nn.Module) -> Iterable[Edit]:
-    """Some weights exchanged in every masked tensor."""
-    buffers = [name for name, _ in model.named_buffers() if is_mask(name)]
-    parameters = dict(model.named_parameters())
-    generator = torch.Generator().manual_seed(0)
-    gradients = {
-        name: torch.randn(parameters[name].shape, generator=generator)
-        for name in (buffer.replace(MASK, "") for buffer in buffers)
-        if name in parameters
-    }
-    return [RegrowWeights(gradients, share=0.5)]
-
-
-Choice = Callable[[AxisMap, nn.Module], Iterable[Edit]]
 MORE: dict[str, Choice] = {
-    "MakePermanent": lambda axes, model: [MakePermanent("*")],
-    "RegrowWeights": regrown,
+    **ON_MASKED,
     "PruneWeights": lambda axes, model: [PruneWeights("*", share=0.6)],
     **{name: OPERATIONS[name] for name in ("Widen", "Narrow", "RemoveLayer")},
 }
@@ -57,15 +40,15 @@ def row(name: str) -> Row:
 
 
 @cache
-def masked_map(name: str) -> AxisMap:
-    return map_axes(row(name).build(), row(name).inputs()[0])
+def masked_map(name: str, dtype: torch.dtype = torch.float32) -> AxisMap:
+    return map_axes(row(name).build(dtype), row(name).inputs(dtype)[0])
 
 
 @pytest.mark.parametrize("operation", MORE)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cell(operation: str, name: str) -> None:
     """It is made, and keeps every law."""
-    cell = check_cell(MORE[operation], row(name), axes=masked_map(name))
+    cell = check_cell(MORE[operation], row(name), maps=partial(masked_map, name))
     if (operation, name) == ("RemoveLayer", "lstm"):  # as without masks
         assert "an input in the shape of the output" in cell.reason
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def test_every_law_holds_for_split_units(name: str) -> None:
         return [Widen(width, by=2, init="split") for width in axes.widths]
 
     entry = zoo.entry(name)
-    cell = check_cell(choice, Row(name, entry.make, entry.args(4)), axes=mapped(name))
+    cell = check_cell(choice, Row(name, entry.make, entry.args(4)), maps=partial(mapped, name))
     assert cell.kept, cell.reason
 
 

@@ -6,125 +6,43 @@ A new operation is a row in ``OPERATIONS`` and inherits every law; what it refus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 
 import pytest
-from torch import nn
 
-from neuroexapt import (
-    AddRegularization,
-    AxisMap,
-    ExpandBottleneck,
-    IncreaseCapacity,
-    InsertAttention,
-    InsertConv,
-    InsertLayer,
-    InsertPool,
-    InsertResidual,
-    Narrow,
-    PruneWeights,
-    RemoveLayer,
-    Widen,
-)
-from neuroexapt.edit import Edit, Squeeze, registered
+from neuroexapt.edit import registered
 from neuroexapt.testing import Row, check_cell
 from tests import zoo
+from tests.laws.operations import ON_MASKED, OPERATIONS
 from tests.laws.world import NAMES, mapped
 
-Choice = Callable[[AxisMap, nn.Module], Iterable[Edit]]
-
-
-def widths(axes: AxisMap) -> list[str]:
-    """Names of all widths, those that most tensors have first: a stream before a hidden layer."""
-    order = sorted(axes.widths.values(), key=lambda width: -len(width.appearances))
-    return [width.name for width in order]
-
-
-def paths(axes: AxisMap, model: nn.Module) -> list[str]:
-    """Paths of all modules that run, containers and blocks first, the root last."""
-    inner = [path for path in axes.modules if path]
-    blocks = [path for path in inner if any(model.get_submodule(path).children())]
-    return [*blocks, *(path for path in inner if path not in blocks), ""]
-
-
-def spans(axes: AxisMap) -> list[Edit]:
-    """Residual connections over several modules, the farthest ends first."""
-    order = [path for path in axes.modules if path]
-    ends = [(first, last) for first in order for last in reversed(order) if first != last]
-    return [InsertResidual(first, to=last) for first, last in ends]
-
-
-OPERATIONS: dict[str, Choice] = {
-    "Widen": lambda axes, model: [Widen(name, by=2) for name in widths(axes)],
-    "Narrow": lambda axes, model: [Narrow(name, by=1) for name in widths(axes)],
-    "PruneWeights": lambda axes, model: [PruneWeights("*", share=0.5)],
-    "InsertConv": lambda axes, model: [InsertConv(path) for path in paths(axes, model)],
-    "InsertLayer": lambda axes, model: [InsertLayer(path) for path in paths(axes, model)],
-    "InsertLayer of copies": lambda axes, model: [
-        InsertLayer(path, "copy") for path in paths(axes, model)
-    ],
-    "InsertAttention": lambda axes, model: [
-        InsertAttention(path, causal=False) for path in paths(axes, model)
-    ],
-    "InsertAttention of positions": lambda axes, model: [
-        InsertAttention(path, "self", heads=1, causal=True) for path in paths(axes, model)
-    ],
-    "InsertPool": lambda axes, model: [InsertPool(path) for path in paths(axes, model)],
-    "RemoveLayer": lambda axes, model: [RemoveLayer(path) for path in paths(axes, model)],
-    "InsertResidual": lambda axes, model: [InsertResidual(path) for path in paths(axes, model)],
-    "InsertResidual of several modules": lambda axes, model: spans(axes),
-    "IncreaseCapacity": lambda axes, model: [IncreaseCapacity(2.0)],
-    "ExpandBottleneck": lambda axes, model: [
-        ExpandBottleneck((Squeeze(name, axes.widths[name].size, axes.widths[name].size, 1e3),))
-        for name in widths(axes)
-    ],
-    "AddRegularization of dropout": lambda axes, model: [
-        AddRegularization(path, "dropout", 0.3) for path in paths(axes, model)
-    ],
-    "AddRegularization of depth": lambda axes, model: [
-        AddRegularization(path, "stochastic_depth", 0.3) for path in paths(axes, model)
-    ],
-    "AddRegularization of weights": lambda axes, model: [AddRegularization("", "weight_decay")],
-}
-
-# These change what has been pruned; their cells are in ``test_masked.py``.
-ON_MASKED = {"MakePermanent", "RegrowWeights"}
-
+# Families of models, by what they do not have.
 NO_IMAGES = ("gpt", "mlp", "llama", "shared_module", "encoder_layer", "lstm", "gru", "bert")
 NO_IMAGES += ("encoder_decoder", "moe", "graph_net")
-TOKENS = ("gpt_nano", "vit")
-REFUSED: dict[tuple[str, str], str] = {
-    ("InsertConv", name): "with one to three spatial dimensions" for name in NO_IMAGES
-}
-REFUSED |= {
-    ("InsertLayer", name): "features in the last dimension"
-    for name in ("unet", "pixel_shuffle_net", "generator")
-}
+NO_BRANCH = ("reference_cnn", "small_cnn", "densenet", "unet", "mlp", "groupnorm_cnn", "vae")
+NO_BRANCH += ("conv1d_net", "conv3d_net", "shared_module", "hardcoded_flatten", "generator")
+NO_BRANCH += ("pixel_shuffle_net", "inception_branches", "lstm", "gru", "moe", "graph_net")
+IMAGES_OUT = ("unet", "pixel_shuffle_net", "generator")
+NO_SHAPE_KEPT = ("hardcoded_flatten", "pixel_shuffle_net", "lstm", "graph_net")
 NO_BLOCK = ("small_cnn", "hardcoded_flatten", "vae", "pixel_shuffle_net", "lstm", "graph_net")
-REFUSED |= {("InsertLayer of copies", n): "the shape of its input" for n in NO_BLOCK}
-REFUSED |= {
-    (f"InsertAttention{kind}", name): "positions behind the channels"
-    for kind in ("", " of positions")
-    for name in ("mlp", "shared_module")
-}
-REFUSED |= {
-    ("RemoveLayer", name): "an input in the shape of the output"
-    for name in ("hardcoded_flatten", "pixel_shuffle_net", "lstm", "graph_net")
-}
-REFUSED |= {
-    ("InsertPool", name): "with one to three spatial dimensions" for name in (*NO_IMAGES, *TOKENS)
-}
-REFUSED |= {
-    ("InsertPool", name): "an output of the shape it has now"
-    for name in ("unet", "pixel_shuffle_net", "generator")
-}
-REFUSED["InsertPool", "mixer"] = "spatial positions behind the channels"
-REFUSED["InsertPool", "hardcoded_flatten"] = "a size computed from the input"
-NO_STREAM = ("reference_cnn", "small_cnn", "densenet", "unet", "mlp", "groupnorm_cnn", "conv1d_net")
-NO_STREAM += ("conv3d_net", "shared_module", "hardcoded_flatten", "vae", "pixel_shuffle_net")
-NO_STREAM += ("inception_branches", "lstm", "gru", "moe", "generator", "graph_net")
-REFUSED |= {("AddRegularization of depth", name): "a sum with the stream" for name in NO_STREAM}
+VECTORS = ("mlp", "shared_module")
+
+# Operation, a part of the reason, the models on which it is refused.
+REFUSALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("InsertConv", "one to three spatial dimensions", NO_IMAGES),
+    ("InsertConv identity", "one to three spatial dimensions", (*NO_IMAGES, "gpt_nano")),
+    ("InsertAttention", "needed positions", VECTORS),
+    ("InsertAttention self", "needed positions", VECTORS),
+    ("InsertLayer", "needed features in the last dimension", IMAGES_OUT),
+    ("InsertLayer copy", "the shape of its input", NO_BLOCK),
+    ("InsertPool", "one to three spatial dimensions", (*NO_IMAGES, "gpt_nano", "vit")),
+    ("InsertPool", "an output of the shape it has now", IMAGES_OUT),
+    ("InsertPool", "spatial positions behind the channels", ("mixer",)),
+    ("InsertPool", "a size computed from the input", ("hardcoded_flatten",)),
+    ("RemoveLayer", "an input in the shape of the output", NO_SHAPE_KEPT),
+    ("AddRegularization depth", "a sum with the stream", NO_BRANCH),
+)
+REFUSED = {(operation, name): reason for operation, reason, names in REFUSALS for name in names}
 
 
 @cache
@@ -138,7 +56,7 @@ def row(name: str) -> Row:
 @pytest.mark.parametrize("name", NAMES)
 def test_cell(operation: str, name: str) -> None:
     """All laws hold, or the refusal is the one expected."""
-    cell = check_cell(OPERATIONS[operation], row(name), axes=mapped(name))
+    cell = check_cell(OPERATIONS[operation], row(name), maps=partial(mapped, name))
     expected = REFUSED.get((operation, name))
     if expected is None:
         assert cell.kept, cell.reason
@@ -150,7 +68,7 @@ def test_cell(operation: str, name: str) -> None:
 def test_every_operation_has_a_row_and_every_refusal_a_cell() -> None:
     """Registered edits of the library and rows are the same; no refusal is listed in vain."""
     own = {n for n, kind in registered().items() if kind.__module__.startswith("neuroexapt.")}
-    assert {operation.split()[0] for operation in OPERATIONS} | ON_MASKED == own
+    assert {operation.split()[0] for operation in (*OPERATIONS, *ON_MASKED)} == own
     assert set(REFUSED) <= {(operation, name) for operation in OPERATIONS for name in NAMES}
 
 

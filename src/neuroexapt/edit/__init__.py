@@ -92,20 +92,6 @@ __all__ = [
     "unit_norms",
 ]
 
-for _kind in (
-    AddRegularization,
-    InsertAttention,
-    ExpandBottleneck,
-    IncreaseCapacity,
-    InsertConv,
-    InsertLayer,
-    InsertPool,
-    InsertResidual,
-    MakePermanent,
-    Narrow,
-    PruneWeights,
-    RegrowWeights,
-    RemoveLayer,
-    Widen,
-):
-    register(_kind)
+for _kind in [k for k in list(globals().values()) if isinstance(k, type) and issubclass(k, Edit)]:
+    if _kind is not Edit:
+        register(_kind)

@@ -72,7 +72,9 @@ def set_decay(
     Raises:
         GuardError: no optimizer, or one that does not train these parameters.
     """
-    chosen = {name: model.get_parameter(name) for name in decay.tensors}
+    # Not by `get_parameter`: a masked weight is read as a product, and is no parameter to it.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    chosen = {name: parameters[name] for name in decay.tensors}
     hook = _checked(optimizer, chosen)
     assert optimizer is not None
     new = dict(hook.strengths)

@@ -102,7 +102,7 @@ class _Decoder(nn.Module):
     def __init__(self, vocabulary: int = 13, d: int = 12) -> None:
         super().__init__()
         self.embed, self.position = nn.Embedding(vocabulary, d), nn.Embedding(8, d)
-        self.blocks = nn.ModuleList([_Block(d, 2) for _ in range(2)])
+        self.blocks = nn.ModuleList([_Block(d, 2)])
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary, bias=False)
         self.head.weight = self.embed.weight
 
