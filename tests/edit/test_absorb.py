@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -154,6 +155,20 @@ def test_a_linear_neighbour_absorbs_it_without_a_trace(case: str) -> None:
         optimizer.zero_grad()
         model.train()(x).square().sum().backward()
         optimizer.step()
+
+
+def test_a_copy_absorbs_from_its_own_weights() -> None:
+    """A moving average keeps the function it has, not the one of the model."""
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()))
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in [*average.parameters(), *average.buffers()]:
+            tensor.mul_(0.9) if tensor.is_floating_point() else tensor
+    x = noise(5, 4, 6, 6)
+    expected = out(average, x)
+    assert not torch.allclose(expected, out(model, x))
+    apply(model, RemoveLayer("1", into="0"), (x,), copies=[average])
+    torch.testing.assert_close(out(average, x), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_a_given_matrix_is_composed_with_what_the_layer_reads() -> None:

@@ -300,7 +300,7 @@ def test_every_module_of_the_zoo(name: str) -> None:
     assert {type(found[0]) for found in problems.values() if found} == {EditError}
     removed = [path for path, found in problems.items() if not found]
     count = sum(p.numel() for p in model.parameters())
-    for path in removed[:: max(1, len(removed) // 2)]:
+    for path in removed[len(removed) // 2 :][:1]:
         own = sum(p.numel() for p in model.get_submodule(path).parameters())
         tx = transaction(model, optimizer)
         assert tx.apply(RemoveLayer(path), args, axes=axes).parameters_after == count - own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -129,7 +129,7 @@ class Transaction:
             check = partial(self._check_activations, axes.traces, edit)
             difference = verify(self.model, args, kwargs, before, patch, check)
             for copy in self.copies:
-                write(self.ledger, copy, None, patch)
+                write(self.ledger, copy, None, _for_copy(edit, axes, patch, copy))
             notes = follow(self.ledger, self.model, configs, Run(args, kwargs, modes))
         except BaseException:
             self.ledger.roll_back(to=mark)
@@ -195,6 +195,15 @@ class Transaction:
     def roll_back(self) -> None:
         """Take back every edit of this transaction, bit for bit."""
         self.ledger.roll_back()
+
+
+def _for_copy(edit: Edit, axes: AxisMap, patch: Patch, copy: nn.Module) -> Patch:
+    """The patch for a copy of the model: new values are computed from the copy's own weights."""
+    if not patch.rewrites:
+        return patch
+    own = edit.plan(axes, named_tensors(copy))
+    same = (own.steps, own.refolds, own.removals) == (patch.steps, patch.refolds, patch.removals)
+    return replace(patch, rewrites=own.rewrites) if same else patch
 
 
 def transaction(
