@@ -286,6 +286,38 @@ def test_places_go_on_counting() -> None:
     assert not any("nx_next" in child._modules for child in children)
 
 
+class Stages(nn.Module):
+    """Two stages of blocks that are counted through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            [nn.Sequential(*(Row(2 * stage + i) for i in range(2))) for stage in range(2)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+class Row(Block):
+    """A block without further inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, 1.0)[0]
+
+
+def test_a_count_through_stages_goes_on() -> None:
+    """A block of the first stage, then a whole stage with its copy: all places are free ones."""
+    model = Stages().double()
+    apply(model, InsertLayer("stages.0.1", kind="copy"), (X,))
+    assert model.stages[0][1].nx_next.layer_idx == 4
+    apply(model, InsertLayer("stages.0", kind="copy"), (X,))
+    places = [m.layer_idx for m in model.modules() if isinstance(m, Row)]
+    assert sorted(places) == list(range(8))
+
+
 def test_copies_widen_and_narrow_like_their_blocks() -> None:
     """The stream goes through them, their own widths are their own, all exactly."""
     model = zoo.build("gpt", dtype=torch.float64)
@@ -438,6 +470,29 @@ def test_taking_it_back_leaves_no_trace(kind: str) -> None:
         tx.apply(InsertLayer("blocks.1", kind=kind), (X,))
         raise ZeroDivisionError
     assert not changes(before, snapshot(model, optimizer))
+
+
+SPECS: list[Edit] = [
+    InsertLayer("blocks.0"),
+    InsertLayer("blocks.0", "copy"),
+    InsertAttention("blocks.0.attn", "self", causal=True),
+    InsertAttention("blocks.1", causal=False),
+]
+
+
+@pytest.mark.parametrize("edit", SPECS, ids=repr)
+def test_the_size_is_known_beforehand(edit: Edit) -> None:
+    """What a plan forecasts is what is made; nothing of the model is taken for new."""
+    model = zoo.build("gpt")
+    args = zoo.example("gpt")
+    apply(model, InsertLayer("blocks.0", "copy"), args)  # not part of a further copy
+    (insertion,) = edit.plan(map_axes(model, args), dict(model.named_parameters())).insertions
+    forecast = insertion.spec.preview(model)
+    assert all(tensor.is_meta for tensor in forecast)
+    before = sum(p.numel() for p in model.parameters())
+    apply(model, edit, args)
+    added = sum(p.numel() for p in model.parameters()) - before
+    assert sum(t.numel() for t in forecast if t.requires_grad) == added
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Stack:
 
     @property
     def first(self) -> int:
-        """The number of the first layer: 0 or 1."""
+        """The number of the first layer: 0 or 1, or more where an earlier stack began to count."""
         return min(value for _, value in self.counters)
 
     @property
@@ -80,12 +80,15 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
         ['layer_idx']
     """
     configs = list(_configs(model))
-    return tuple(
-        stack
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
-        for stack in _stacks_of(path, module, configs)
-    )
+    found: list[Stack] = []
+    counted: set[Attribute] = set()  # by a container further out
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            for stack in _stacks_of(path, module, configs):
+                if not counted >= {at for at, _ in stack.counters}:
+                    found.append(stack)
+                    counted.update(at for at, _ in stack.counters)
+    return tuple(found)
 
 
 def _stacks_of(
@@ -118,12 +121,15 @@ def _inserted_behind(path: str) -> bool:
 
 
 def _counts(name: str, places: list[tuple[int, Attribute, int]]) -> bool:
-    """Whether an attribute is in step with the position of its layer; alone, by its name."""
+    """Whether an attribute is in step with the position of its layer.
+
+    By its name, if there is one layer alone, or where the count goes on from another container.
+    """
     starts = {value - position for position, _, value in places}
-    if len(starts) != 1 or not starts <= {0, 1}:
+    if len(starts) != 1 or min(starts) < 0:
         return False
     alone = len({position for position, _, _ in places}) == 1
-    return not alone or bool(_LAYER_NAME.search(name))
+    return bool(_LAYER_NAME.search(name)) or (not alone and starts <= {0, 1})
 
 
 def _configs(model: nn.Module) -> Iterator[tuple[Attribute, Any]]:

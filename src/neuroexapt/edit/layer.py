@@ -211,7 +211,10 @@ def _renumbered(
         if not own or not stack.continues(path):
             continue
         alike = [other for other in axes.stacks if other.name == stack.name]
-        pool = [stack] if stack.holds(path) else alike
+        # One count may run through several containers (stages), or each have its own (an
+        # encoder and a decoder).
+        through = any(other.first > 1 for other in alike) or not stack.holds(path)
+        pool = alike if through else [stack]
         free = 1 + max(value for other in pool for _, value in other.counters)
         old = sorted({value for _, _, value in own})
         numbers += [(inner, name, free + old.index(value)) for inner, name, value in own]
