@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neuroexapt.capture.attributes import integers, read, write
-from neuroexapt.capture.interrupts import held_back
 from neuroexapt.capture.trace import Combined, OfAttribute, OfSize, Origin, Place, TensorRef
 
 # Sizes are computed in a few steps; and only while a run is watched do numbers remember.
@@ -101,14 +100,13 @@ def attributes_tracked(model: nn.Module) -> Iterator[None]:
             )
         yield
     finally:
-        with held_back():
-            _RUNNING.pop()
-            for integer in found:
-                # The forward may have counted it on meanwhile, or dropped it.
-                with contextlib.suppress(AttributeError, KeyError, IndexError):
-                    now = read(model, integer.at)
-                    if type(now) is Number:
-                        write(model, integer.at, int(now))
+        _RUNNING.pop()
+        for integer in found:
+            # The forward may have counted it on meanwhile, or dropped it.
+            with contextlib.suppress(AttributeError, KeyError, IndexError):
+                now = read(model, integer.at)
+                if type(now) is Number:
+                    write(model, integer.at, int(now))
 
 
 class Watch(TorchFunctionMode):

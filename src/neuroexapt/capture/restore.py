@@ -109,7 +109,13 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
 
     Module attributes and tables, what plain objects and configs of the modules hold (values
     cached by a forward, lists it appends to), training flags, random states, the attention switch.
+    Ctrl-C waits, as in :func:`held_back`.
     """
+    with held_back():
+        yield from _restored(model, training)
+
+
+def _restored(model: nn.Module, training: bool) -> Iterator[None]:
     held = [(space, space.copy()) for space in _spaces(model)]
     states = random.getstate(), np.random.get_state()
     devices = range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ()
@@ -136,11 +142,10 @@ def restored(model: nn.Module, training: bool) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        with held_back():
-            _clear(caches)
-            for space, contents in held:
-                _put_back(space, contents)
-            silent.disabled = disabled
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.backends.mha.set_fastpath_enabled(fast_path)
+        _clear(caches)
+        for space, contents in held:
+            _put_back(space, contents)
+        silent.disabled = disabled
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -19,15 +19,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuroexapt.capture.attributes import Attribute, attributes_set
+from neuroexapt.capture.interrupts import breathe
 from neuroexapt.capture.numbers import Number, Watch, attributes_tracked
 from neuroexapt.capture.restore import restored
 from neuroexapt.capture.source import user_line
@@ -138,6 +135,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.tape.inside or func is _DEVICE:  # asked for all the time, and no operator
             return func(*args, **kwargs)
+        breathe()
         # Sealed before the call: an in-place operator may change an argument's shape.
         sealed_args, sealed_kwargs = self.tape.seal(args), self.tape.seal(kwargs)
         constants = self.tape.constants(args)
@@ -196,8 +194,8 @@ def _follow_modules(model: nn.Module, tape: _Tape) -> Iterator[None]:
             tape.runs.append(ModuleRun(path, inputs, outputs, *forms, *held))
 
     handles = [
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, with_kwargs=True, always_call=True),
+        torch_module.register_module_forward_pre_hook(enter),
+        torch_module.register_module_forward_hook(leave, with_kwargs=True, always_call=True),
     ]
     try:
         yield

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from neuroexapt.capture import Trace
+from neuroexapt.capture.interrupts import breathe, held_back
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.edit import Edit, Patch
@@ -113,9 +114,14 @@ class Transaction:
                 it; taken back.
             VerifyError: it was made and failed its check; taken back.
         """
+        with held_back():
+            return self._apply(edit, args, dict(kwargs or {}), axes)
+
+    def _apply(
+        self, edit: Edit, args: tuple[Any, ...], kwargs: dict[str, Any], axes: AxisMap | None
+    ) -> Applied:
         started = time.perf_counter()
         _check_mode()
-        kwargs = dict(kwargs or {})
         axes = axes or map_axes(self.model, args, kwargs)
         patch = edit.plan(axes, named_tensors(self.model))
         self._check_memory(patch, edit)
@@ -123,11 +129,14 @@ class Transaction:
         before = behaviour(self.model, args, kwargs, modes)
         parameters = _count(self.model)
         configs = owners(self.model)
+        breathe()
         mark = len(self.ledger)
         try:
             write(self.ledger, self.model, self.optimizer, patch)
+            breathe()
             check = partial(self._check_activations, axes.traces, edit)
             difference = verify(self.model, args, kwargs, before, patch, check)
+            breathe()
             for copy in self.copies:
                 write(self.ledger, copy, None, _for_copy(edit, axes, patch, copy))
             notes = follow(self.ledger, self.model, configs, Run(args, kwargs, modes))

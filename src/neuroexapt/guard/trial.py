@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuroexapt.capture.interrupts import held_back
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap
 from neuroexapt.edit import Edit
@@ -77,12 +78,13 @@ class Trial:
         Raises:
             GuardError: besides, the snapshot exceeds its limit; the edit is taken back.
         """
-        first = not len(self._transaction.ledger)
-        before = _Moment(self._transaction) if first else None
-        done = self._transaction.apply(edit, args, kwargs, axes=axes)
-        if before is not None:
-            self._keep_the_rest(before)
-        return done
+        with held_back():  # an edit without its snapshot could not be taken back after training
+            first = not len(self._transaction.ledger)
+            before = _Moment(self._transaction) if first else None
+            done = self._transaction.apply(edit, args, kwargs, axes=axes)
+            if before is not None:
+                self._keep_the_rest(before)
+            return done
 
     def reestimate(self, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[str, ...]:
         """Measure batch norm statistics anew, to be taken back with the trial.

@@ -168,6 +168,11 @@ def undisturbed(model: nn.Module, *, stream: RandomStream | None = None) -> Iter
         >>> norm.training, norm.running_mean.tolist()
         (True, [0.0, 0.0])
     """
+    with held_back():
+        yield from _undisturbed(model, stream)
+
+
+def _undisturbed(model: nn.Module, stream: RandomStream | None) -> Iterator[None]:
     devices = _devices(model)
     buffers = [_Buffers.read(module) for module in model.modules()]
     flags = [(module, module.training) for module in model.modules()]
@@ -177,14 +182,13 @@ def undisturbed(model: nn.Module, *, stream: RandomStream | None = None) -> Iter
             stream.state.restore()
         yield
     finally:
-        with held_back():
-            if stream is not None:
-                stream.state = _RandomState.read(devices)
-            before.restore()
-            for held in buffers:
-                held.restore()
-            for module, flag in flags:
-                module.training = flag
+        if stream is not None:
+            stream.state = _RandomState.read(devices)
+        before.restore()
+        for held in buffers:
+            held.restore()
+        for module, flag in flags:
+            module.training = flag
 
 
 @contextmanager

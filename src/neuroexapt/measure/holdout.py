@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from neuroexapt.capture.interrupts import breathe
 from neuroexapt.errors import MeasureError
 from neuroexapt.measure.base import (
     Batch,
@@ -48,6 +49,7 @@ def evaluate(model: nn.Module, loss_fn: LossFn, batches: Iterable[Batch]) -> Hol
     with undisturbed(model), torch.no_grad():
         model.eval()
         for batch in batches:
+            breathe()
             sizes.append(batch_size_of(batch))
             losses.append(scalar_loss(loss_fn(model, batch)).item())
     if sum(sizes) == 0:

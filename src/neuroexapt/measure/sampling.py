@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from neuroexapt.capture.interrupts import breathe
 from neuroexapt.errors import MeasureError
 from neuroexapt.measure.base import (
     Batch,
@@ -193,6 +194,7 @@ def activations(
         # Not every torch looks for hooks before it takes the fused path of attention.
         with undisturbed(model), plain_attention(), torch.no_grad():
             for batch in batches:
+                breathe()
                 loss_fn(model, batch)
     finally:
         for handle in handles:

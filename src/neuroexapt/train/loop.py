@@ -181,8 +181,10 @@ class Evolver:
 
         Args:
             accuracy: a held-out accuracy to write beside the loss, if the caller has one.
+
+        Ctrl-C comes through where the model and what is known of it agree; a second one at once.
         """
-        with self._own_time():
+        with held_back(), self._own_time():
             number = self.state.epoch + 1
             self.chronicle.epoch_number = number
             score = evaluate(self.model, self.loss_fn, self.holdout)
@@ -205,14 +207,17 @@ class Evolver:
 
         Closing twice does nothing.
         """
+        with held_back():
+            self._close()
+
+    def _close(self) -> None:
         if self._closed:
             return
         self._closed = True
         if self._trial is not None:
-            with held_back():
-                pending, self._trial = self._trial, None
-                pending.trial.roll_back()
-                self._axes = None
+            pending, self._trial = self._trial, None
+            pending.trial.roll_back()
+            self._axes = None
             why = "the run ended before its verdict"
             self.chronicle.verdict(pending.number, "rolled_back", why)
         seconds = time.perf_counter() - self._started
@@ -254,14 +259,13 @@ class Evolver:
         outcome = judge(self.state, self.settings, self.limits)
         if outcome is None or self._trial is None:
             return None
-        with held_back():  # the model and what is known of it change together
-            self.state, verdict = outcome
-            pending, self._trial = self._trial, None
-            if verdict.kept:
-                pending.trial.keep()
-            else:
-                pending.trial.roll_back()
-                self._axes = None
+        self.state, verdict = outcome
+        pending, self._trial = self._trial, None
+        if verdict.kept:
+            pending.trial.keep()
+        else:
+            pending.trial.roll_back()
+            self._axes = None
         name = "kept" if verdict.kept else "rolled_back"
         realised = {"loss": verdict.realised, "parameters": pending.parameters}
         self.chronicle.verdict(pending.number, name, verdict.why, realised)
@@ -305,10 +309,9 @@ class Evolver:
             self._refuse(number, candidate, first.why, for_good=False)
             return
         added = done.parameters_after - done.parameters_before
-        with held_back():
-            self._axes = None
-            self.state = started(self.state, candidate)
-            self._trial = _Pending(number, trial, added)
+        self._axes = None
+        self.state = started(self.state, candidate)
+        self._trial = _Pending(number, trial, added)
         self.chronicle.applied(number, done)
 
     def _first_check(self, trial: Trial, candidate: Candidate) -> Verdict:
