@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,19 +24,18 @@ X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 MOMENTS = int(os.environ.get("NEUROEXAPT_INTERRUPTS", "25"))
 
 
-@contextlib.contextmanager
-def interrupted(after: float) -> Iterator[list[bool]]:
-    """Press Ctrl-C some seconds from now, unless the block is over by then; tells whether."""
-    hit: list[bool] = []
+def interrupted(after: float, action: Callable[[], object]) -> bool:
+    """Press Ctrl-C some seconds from now, unless the action is over by then; tells whether."""
     timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
     try:
         timer.start()
-        yield hit
+        action()
         timer.cancel()
         timer.join()
         time.sleep(0.001)
     except KeyboardInterrupt:
-        hit.append(True)
+        return True
+    return False
 
 
 def world() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -71,15 +70,23 @@ def test_an_edit_interrupted_at_any_moment_is_made_or_not() -> None:
     whole, new = time.perf_counter() - started, values(twin, twins)
     for _ in range(MOMENTS):
         before = snapshot(model, optimizer)
-        with interrupted(draw.random() * whole) as hit:
-            apply(model, Widen("0", by=2), (X,), optimizer=optimizer)
-        hits += len(hit)
+        edit = partial(apply, model, Widen("0", by=2), (X,), optimizer=optimizer)
+        hits += interrupted(draw.random() * whole, edit)
         if changes(before, snapshot(model, optimizer)):
             assert values(model, optimizer) == new
             model, optimizer = world()
     assert hits > MOMENTS // 4
     apply(model, Widen("0", by=2), (X,), optimizer=optimizer)
     assert values(model, optimizer) == new
+
+
+def epochs(run: Run, seconds: float) -> None:
+    """Ends of epochs, one after the other: most of the time a change is being made."""
+    assert run.evolver is not None
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        run.optimizer.zero_grad()
+        run.evolver.end_epoch()
 
 
 def test_an_evolving_run_interrupted_at_any_moment_goes_on() -> None:
@@ -90,12 +97,7 @@ def test_an_evolving_run_interrupted_at_any_moment_goes_on() -> None:
     assert isinstance(evolver, Evolver)
     hits = 0
     for _ in range(MOMENTS // 2):
-        started = time.perf_counter()
-        with interrupted(draw.random() * 0.3) as hit:
-            while time.perf_counter() - started < 0.3:
-                run.optimizer.zero_grad()
-                evolver.end_epoch()
-        hits += len(hit)
+        hits += interrupted(draw.random() * 0.3, partial(epochs, run, 0.3))
         run.optimizer.zero_grad()
         trained = [p for group in run.optimizer.param_groups for p in group["params"]]
         assert {id(p) for p in trained} == {id(p) for p in run.model.parameters()}

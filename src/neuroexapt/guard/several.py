@@ -103,9 +103,21 @@ def holder_of(
 
 
 def as_one(optimizers: Optimizers) -> torch.optim.Optimizer | None:
-    """One optimizer, whatever was given."""
+    """One optimizer, whatever was given.
+
+    Raises:
+        GuardError: something in a list is no optimizer.
+    """
     if not isinstance(optimizers, Sequence):
         return optimizers
+    for number, optimizer in enumerate(optimizers):
+        if not isinstance(getattr(optimizer, "param_groups", None), list):
+            raise GuardError(
+                f"optimizer[{number}]",
+                seen=f"a {type(optimizer).__name__}",
+                needed="a torch.optim.Optimizer",
+                next_step="pass the optimizer that trains the model, or a list of such",
+            )
     if len(optimizers) < 2:
         return optimizers[0] if optimizers else None
     return Several(optimizers)
