@@ -254,9 +254,9 @@ def test_every_width_has_a_score_of_each_kind(name: str) -> None:
 def test_frozen_weights_count() -> None:
     """A backbone without gradients can be judged; it stays frozen."""
     model, x, axes = net()
-    expected = unit_scores(model, loss, [(x,)], axes)["0.out"]
+    expected = unit_scores(model, loss, [(x,)], axes, "taylor")["0.out"]
     model.requires_grad_(False)
-    assert unit_scores(model, loss, [(x,)], axes)["0.out"] == expected
+    assert unit_scores(model, loss, [(x,)], axes, "taylor")["0.out"] == expected
     assert not any(p.requires_grad for p in model.parameters())
 
 

@@ -30,7 +30,7 @@ def unit_scores(
     loss_fn: LossFn,
     batches: Iterable[Batch],
     axes: AxisMap,
-    kind: str = "taylor",
+    kind: str = "reconstruction",
     widths: Collection[str] | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """One score a unit, higher is more important; for ``Narrow(scores=...)``.
@@ -60,7 +60,7 @@ def unit_scores(
         loss_fn: ``loss_fn(model, batch)``, the mean loss of the batch.
         batches: micro-batches of one size.
         axes: the model's present map.
-        kind: one of the five.
+        kind: one of the five; the default is the one that did best in ``docs/operations.md``.
         widths: names of widths; by default every width that has such a score.
 
     Raises:
