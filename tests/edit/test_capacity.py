@@ -60,22 +60,19 @@ def test_flops_of_attention_are_not_underestimated(name: str) -> None:
     assert flops(grown(name, edit), name) <= found.flops <= 2 * flops(grown(name, edit), name)
 
 
-@pytest.mark.parametrize("name", ["resnet_basic", "llama", "unet", "lstm", "bert"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wider_and_deeper_is_the_same_function(name: str, dtype: torch.dtype) -> None:
-    """Both modes; then it trains, and new layers and new units learn."""
-    args = zoo.example(name, dtype=dtype)
-    model = grown(name, IncreaseCapacity(2.0), dtype)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+@pytest.mark.parametrize("name", ["llama", "unet"])
+def test_wider_and_deeper_is_the_same_function(name: str) -> None:
+    """Both modes, to the precision of doubles; then it trains, and every new layer learns."""
+    args = zoo.example(name, dtype=torch.float64)
+    model = grown(name, IncreaseCapacity(2.0), torch.float64)
     for training in (False, True):
-        expected = outputs(calm(name, dtype), args, training)
-        assert difference(expected, outputs(model, args, training)) <= tolerance
-    if dtype == torch.float32:
-        new = {n: p.detach().clone() for n, p in model.named_parameters() if ".nx_" in n}
-        losses = train(model, args, torch.optim.Adam(model.parameters(), lr=1e-3), 5)
-        assert losses[-1] < losses[0]
-        assert new
-        assert all(not torch.equal(model.get_parameter(n), old) for n, old in new.items())
+        expected = outputs(calm(name, torch.float64), args, training)
+        assert difference(expected, outputs(model, args, training)) <= 1e-10
+    new = {n: p.detach().clone() for n, p in model.named_parameters() if ".nx_" in n}
+    losses = train(model, args, torch.optim.Adam(model.parameters(), lr=1e-3), 5)
+    assert losses[-1] < losses[0]
+    assert new
+    assert all(not torch.equal(model.get_parameter(n), old) for n, old in new.items())
 
 
 def test_depth_says_how_growth_is_shared() -> None:
@@ -93,7 +90,7 @@ def test_depth_says_how_growth_is_shared() -> None:
     assert counts[1.0][0] > counts[0.5][0] > 0
 
 
-@pytest.mark.parametrize("name", ["resnet_basic", "gpt", "mlp"])
+@pytest.mark.parametrize("name", ["gpt", "mlp"])
 def test_limits_are_never_passed(name: str) -> None:
     """Within a limit it grows as far as it goes; where the target is above, it is refused."""
     axes, model = mapped(name), zoo.build(name)
