@@ -19,8 +19,13 @@ demo: .venv/.installed  ## train a network that changes itself, beside a static 
 test: .venv/.installed  ## run all tests, doctests included
 	@$(BIN)/python -m pytest -n $(WORKERS)
 
-nightly: .venv/.installed  ## any order of operations, 2,000 new sequences on each of six models
-	@NEUROEXAPT_SEQUENCES=2000 $(BIN)/python -m pytest -n $(WORKERS) tests/laws/test_any_order.py
+nightly: export NEUROEXAPT_SEQUENCES = 2000
+nightly: export NEUROEXAPT_ALL_FAULTS = 1
+nightly: export NEUROEXAPT_MANY_EDITS = 1000
+nightly: export NEUROEXAPT_INTERRUPTS = 400
+nightly: .venv/.installed  ## the long versions: 2,000 sequences of operations a model, every fault, 1,000 edits
+	@$(BIN)/python -m pytest -n $(WORKERS) tests/laws/test_any_order.py tests/laws/test_faults.py \
+		tests/guard/test_many_edits.py tests/train/test_interrupts.py
 
 check: lint test  ## everything CI runs: format, lint, types, then all tests
 
