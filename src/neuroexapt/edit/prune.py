@@ -171,6 +171,7 @@ class PruneWeights(Edit):
             ranks = torch.rand(weight.shape, generator=generator).to(weight.device)
         else:
             ranks = lamp(weight) if self.score == "lamp" else weight.abs()
+            ranks = ranks if weight.dtype == torch.float64 else ranks.float()
         ranks = ranks if ranks.dtype == torch.float64 else ranks.float()
         if not bool(ranks.isfinite().all()):
             raise EditError(
