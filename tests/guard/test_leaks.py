@@ -59,6 +59,19 @@ def test_a_local_variable_is_named_with_its_function() -> None:
     del mine
 
 
+def test_a_graph_that_holds_a_parameter_is_said_to() -> None:
+    """A clone that is not detached: nothing in Python refers to what it came from."""
+    model, optimizer = world()
+    copies = [parameter.clone() for parameter in model.parameters()]
+    watch = LeakWatch(model, optimizer)
+    apply(model, Widen("0", by=2), (X,), optimizer=optimizer)
+    leaks = watch.found()
+    assert {"0.weight", "0.bias"} <= {leak.tensor for leak in leaks}
+    assert all("an autograd graph" in leak.holders[0] for leak in leaks)
+    del copies
+    assert not watch.found()
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_an_edit_leaks_nothing(kept: bool) -> None:
     """Whether it is kept or taken back."""

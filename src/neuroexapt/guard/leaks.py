@@ -79,9 +79,7 @@ class LeakWatch:
             return ()
         holders = _holders(set(lost))
         return tuple(
-            Leak(
-                name, size, holders.get(cdata, ("an autograd graph, or memory outside of Python",))
-            )
+            Leak(name, size, holders.get(cdata) or ("an autograd graph, or what is not Python's",))
             for cdata, (name, size) in lost.items()
         )
 
