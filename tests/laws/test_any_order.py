@@ -138,7 +138,7 @@ def test_any_order(name: str) -> None:
     run_state_machine_as_test(
         lambda: AnyOrder(name),
         settings=settings(
-            max_examples=SEQUENCES or 20,
+            max_examples=SEQUENCES or 60,
             stateful_step_count=LONGEST,
             derandomize=not SEQUENCES,
             deadline=None,
