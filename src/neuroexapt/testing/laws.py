@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.edit import Edit, Patch
+from neuroexapt.edit.hold import Hold, Join
 from neuroexapt.guard import transaction
 from neuroexapt.guard.ledger import Ledger
 from neuroexapt.guard.verify import ended_masks
@@ -228,9 +229,12 @@ def check_survivors(world: World, edit: Edit, patch: Patch, old: Before) -> None
         if name in old.last and not tensor.is_contiguous(memory_format=torch.channels_last):
             seen = f"'{name}' has strides {tensor.stride()}"
             _broken(world, edit, "survivors keep their memory format", seen)
+    ends = {id(module.hold) for module in modules.values() if isinstance(module, Join)}
     for path, module in old.modules.items():
         if path not in modules and (path in patch.gone or path.startswith(gone)):
             continue
+        if path not in modules and isinstance(module, Hold) and id(module) not in ends:
+            continue  # the beginning of a skip goes with its end
         if modules.get(path) is not module:
             _broken(world, edit, "survivors keep identity and name", f"module '{path}' is lost")
     devices = {tensor.device for tensor in old.named.values()}
