@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from neuroexapt import Narrow, Widen, apply, map_axes
 from neuroexapt.couple import Width
-from neuroexapt.errors import EditError, PinnedError, VerifyError
+from neuroexapt.errors import EditError, PinnedError
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
 EXPERTS, HIDDEN, NEVER = 4, 6, 1
@@ -119,7 +119,7 @@ def test_what_cannot_be_is_refused(kind: type[Mixture]) -> None:
     """Fewer experts than are chosen; a new one, which would take its share from the others."""
     model = made(kind)
     name = experts(model).name
-    with pytest.raises(VerifyError, match="k not in range"):
+    with pytest.raises(EditError, match="at least 2 and fewer"):
         apply(model, Narrow(name, to=1), (X,))
     with pytest.raises(EditError, match="mixes over this width"):
         apply(model, Widen(name, by=1), (X,))

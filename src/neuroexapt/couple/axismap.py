@@ -99,6 +99,7 @@ class Width:
         appearances: every parameter and buffer dimension that has it.
         mixers: operators that mix over it.
         multiple: its size must be a multiple of this (a kernel's demand on memory).
+        least: the fewest units it may have (as many as `topk` chooses from them).
     """
 
     name: str
@@ -106,6 +107,7 @@ class Width:
     appearances: tuple[Appearance, ...]
     mixers: tuple[Mixer, ...] = ()
     multiple: int = 1
+    least: int = 1
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def freeze(
     _pin_squares(draft)
     names = _name(draft, appearances)
     mixers = _mixers(draft, names)
-    multiples = draft.multiple_of()
+    multiples, leasts = draft.multiple_of(), draft.least_of()
     widths, pinned = {}, {}
     for atom, name in names.of.items():
         where = tuple(appearances[atom])
@@ -73,7 +73,9 @@ def freeze(
             pinned[name] = Pinned(name, atom.size, atom.pin, where)
         else:
             mixed = tuple(mixers.get(atom, ()))
-            widths[name] = Width(name, atom.size, where, mixed, multiples.get(atom, 1))
+            widths[name] = Width(
+                name, atom.size, where, mixed, multiples.get(atom, 1), leasts.get(atom, 1)
+            )
     return AxisMap(
         widths=widths,
         pinned=pinned,

@@ -51,6 +51,7 @@ def topk(site: Site) -> list[Dims]:
         return [()] * len(site.call.outputs)
     dim = int(site.setting("dim", -1)) % len(x.shape)
     site.mix(site.axis(x, dim), "topk")
+    site.at_least(site.axis(x, dim), out.shape[dim])
     dims = list(site.dims(x))
     dims[dim] = site.fixed(out.shape[dim], "a number of chosen positions")
     site.numbers(site.call.outputs[1], [site.axis(x, dim)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import lcm
+from math import lcm, prod
 from typing import Any, TypeVar
 
 import torch
@@ -158,6 +158,7 @@ class Draft:
         entries: what new entries have become, for each dimension of a tensor.
         chance: tensors of random values (the masks of dropout).
         multiples: axes whose size must stay a multiple of a number.
+        leasts: axes that must keep at least a number of positions.
         views: tensors that are another tensor's memory, seen in another way.
         taken: tensors whose rows were taken out of a parameter by numbers that the data give.
     """
@@ -175,6 +176,7 @@ class Draft:
     entries: dict[TensorRef, tuple[Entry, ...]] = field(default_factory=dict)
     chance: set[TensorRef] = field(default_factory=set)
     multiples: list[tuple[Axis, int]] = field(default_factory=list)
+    leasts: list[tuple[Axis, int]] = field(default_factory=list)
 
     def multiple_of(self) -> dict[Axis, int]:
         """What the size of an atom must be a multiple of, where an operator demands it."""
@@ -182,6 +184,17 @@ class Draft:
         for axis, multiple in self.multiples:
             *_, last = algebra.atoms(axis)
             found[last] = lcm(found.get(last, 1), multiple)
+        return found
+
+    def least_of(self) -> dict[Axis, int]:
+        """The fewest units an atom may have; of a product only the last factor may shrink."""
+        found: dict[Axis, int] = {}
+        for axis, least in self.leasts:
+            *others, last = algebra.atoms(axis)
+            needed = {atom: atom.size for atom in others}
+            needed[last] = -(-least // prod(needed.values()))
+            for atom, size in needed.items():
+                found[atom] = max(found.get(atom, 1), size)
         return found
 
     marks: dict[Mark, None] = field(default_factory=dict)
@@ -354,6 +367,10 @@ class Site:
             self.pin(axis, f"a kernel demands a multiple of {multiple}")
         elif multiple > 1:
             self.draft.multiples.append((axis, multiple))
+
+    def at_least(self, axis: Axis, number: int) -> None:
+        """Say that an axis must keep so many positions: as many are chosen from it."""
+        self.draft.leasts.append((axis, number))
 
     def groups(self, attribute: str, axis: Axis) -> None:
         """A number of groups given to the operator: the module's attribute, else fixed.

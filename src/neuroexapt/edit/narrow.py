@@ -143,7 +143,7 @@ class Narrow(Edit):
     def _new_size(self, width: Width) -> int:
         """The size it gets; its present one where a glob leaves it alone."""
         several, unit = is_glob(self.at), lcm(width.multiple, int(self.multiple_of))
-        size, least = self.to, max(1, int(self.minimum))
+        size, least = self.to, max(width.least, int(self.minimum))
         if size is None:
             size = width.size - units_of(self.at, self.by, width.size)
         if (several and self.to is None) or isinstance(self.by, float) or self._rounds(several):
