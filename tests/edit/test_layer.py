@@ -519,6 +519,15 @@ def test_wrong_requests_are_told_beforehand(case: str) -> None:
         edit.plan(mapped(name), {})
 
 
+def test_what_was_inserted_is_no_weight_of_a_block() -> None:
+    """A ReLU with attention behind it is still a module that has nothing to copy."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    args = (torch.randn(2, 3, 6, 6),)
+    apply(model, InsertAttention("1"), args)
+    with pytest.raises(EditError, match="a module without weights"):
+        apply(model, InsertLayer("1", "copy"), args)
+
+
 def test_what_cannot_be_copied_is_refused_with_the_reason() -> None:
     """A replaced forward runs the old module; a lock cannot be copied. Nothing is left behind."""
     import threading

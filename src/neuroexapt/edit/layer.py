@@ -168,7 +168,8 @@ class InsertLayer(Edit):
         if not self.after or f"{self.after}.{PASS}" in axes.modules:
             seen = "a removed layer" if self.after else "the whole model"
             return [self._error(seen, "a block inside the model", "name one of its blocks")]
-        if not any(name.startswith(prefix) for name in axes.tensors):
+        inside = [n.removeprefix(prefix) for n in axes.parameters if n.startswith(prefix)]
+        if all(is_branch(name) for name in inside):  # what was inserted is not copied
             return [
                 self._error(
                     "a module without weights", "a block that can learn", "name the block around it"
