@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuroexapt import InsertAttention, InsertLayer, Narrow, Widen, apply, map_axes, transaction
+from neuroexapt import (
+    InsertAttention,
+    InsertLayer,
+    Narrow,
+    PruneWeights,
+    Widen,
+    apply,
+    map_axes,
+    transaction,
+)
 from neuroexapt.edit import Edit
 from neuroexapt.edit.copies import Blend
 from neuroexapt.edit.passing import silenced
@@ -517,6 +526,15 @@ def test_wrong_requests_are_told_beforehand(case: str) -> None:
     assert any(problem.seen.startswith(seen) for problem in problems)
     with pytest.raises(EditError):
         edit.plan(mapped(name), {})
+
+
+def test_a_pruned_block_is_copied_with_its_masks() -> None:
+    """What writes to the stream is zero in the copy, though a mask stands before it."""
+    model, args = zoo.build("gpt"), zoo.example("gpt")
+    apply(model, PruneWeights("*", share=0.5), args)
+    done = apply(model, InsertLayer("blocks.0", "copy"), args)
+    assert done.max_difference == 0
+    assert any("nx_next" in name and "nx_mask" in name for name, _ in model.named_buffers())
 
 
 def test_what_was_inserted_is_no_weight_of_a_block() -> None:

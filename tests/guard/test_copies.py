@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from neuroexapt import InsertConv, InsertResidual, Narrow, Widen, apply, transaction
+from neuroexapt import (
+    AddRegularization,
+    InsertConv,
+    InsertResidual,
+    Narrow,
+    Widen,
+    apply,
+    transaction,
+)
 from neuroexapt.edit import Edit
 from neuroexapt.errors import GuardError
 from neuroexapt.guard import Trial, writing
@@ -151,6 +159,16 @@ def test_a_trial_takes_the_average_back_with_its_count() -> None:
     trial.roll_back()
     after = run.average.state_dict()
     assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    run.step()
+
+
+def test_decay_is_for_what_an_optimizer_trains() -> None:
+    """The average follows the weights, and is not decayed beside them."""
+    run = Run().step()
+    before = copy.deepcopy(run.average.state_dict())
+    run.apply(AddRegularization("3", "weight_decay", 0.1))
+    after = run.average.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     run.step()
 

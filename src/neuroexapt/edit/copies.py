@@ -76,8 +76,10 @@ class CopySpec(Spec):
             EditError: a part of the block cannot be copied.
         """
         block = _copied(model, self.source)
+        # Not by `get_parameter`: a masked weight is read as a product, and is no parameter to it.
+        named = dict(block.named_parameters(remove_duplicate=False))
         for name in self.silent:
-            nn.init.zeros_(block.get_parameter(name))
+            nn.init.zeros_(named[name])
         for path, name, value in self.numbers:
             vars(block.get_submodule(path))[name] = value
         parameters = list(block.parameters())

@@ -208,6 +208,7 @@ class Transaction:
 
 def _for_copy(edit: Edit, axes: AxisMap, patch: Patch, copy: nn.Module) -> Patch:
     """The patch for a copy of the model: new values are computed from the copy's own weights."""
+    patch = replace(patch, decays=())  # no optimizer trains a copy: nothing decays its weights
     if not patch.rewrites:
         return patch
     own = edit.plan(axes, named_tensors(copy))
