@@ -129,3 +129,14 @@ def test_a_config_of_another_part_says_nothing() -> None:
     model.add_module("image", built("layers", Config(n_layer=2)))
     text, image = find_stacks(model)
     assert [at.module for at in (*text.totals, *image.totals)] == ["text", "image"]
+
+
+def test_a_layer_may_have_taken_over_the_number_of_a_removed_one() -> None:
+    """By name alone: the next free number is behind that of the last layer there was."""
+    layers = [Part(), Part(layer_idx=0, place=0), Part(layer_idx=2, place=2)]
+    layers[0].add_module("nx_pass", nn.Identity())
+    stack = only(nn.ModuleList(layers))
+    assert (stack.name, stack.first, stack.last, stack.count) == ("layer_idx", 0, 2, 3)
+    layers[1].add_module("nx_pass", nn.Identity())
+    ends = only(nn.ModuleList([layers[0], Part(layer_idx=0), layers[2]]))
+    assert (ends.first, ends.last) == (0, 2)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from neuroexapt import InsertAttention, InsertLayer, apply, map_axes, transaction
+from neuroexapt import InsertAttention, InsertLayer, RemoveLayer, apply, map_axes, transaction
 from neuroexapt.testing.snapshot import changes, snapshot
 
 IDS = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -142,3 +142,24 @@ def test_causal_attention_without_a_place_in_the_cache_is_refused() -> None:
     (problem,) = InsertAttention("model.layers.0", "self", causal=True).check(axes)
     assert "cache" in problem.seen
     assert "InsertLayer(kind='copy')" in problem.next_step
+
+
+# Blocks that go (R) and are copied (C), in this order.
+ORDERS = ["R0 C1", "C0 R0", "C1 R1", "R1 C0", "C1 R0 C1", "C0 C1 R0"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_blocks_come_and_go_in_any_order(name: str, order: str) -> None:
+    """Each block that is left has a place of its own in the cache, also where a number moved."""
+    model = build(name)
+    blocks = MODELS[name][2][0].rpartition(".")[0]
+    for step in order.split():
+        path = f"{blocks}.{step[1]}"
+        edit = RemoveLayer(path) if step[0] == "R" else InsertLayer(path, kind="copy")
+        apply(model, edit, (), example(model))
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    with_cache, without = (generated(model, use_cache=use) for use in (True, False))
+    torch.testing.assert_close(with_cache, without, rtol=0, atol=1e-9)

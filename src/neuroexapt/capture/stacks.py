@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,7 @@ _TOTAL_NAME = re.compile(
     r"(n|num|number)_?((of|hidden|encoder|decoder|transformer|attention|text)_)*(layers?|blocks)"
     r"|(encoder|decoder)_(layers|blocks)|depth|n_?layers?"
 )
-_INSERTED = "nx_"
+_INSERTED, _REMOVED = "nx_", "nx_pass"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Stack:
         container: path of the container.
         name: name of the attribute that counts.
         counters: every place of it, with its value; inserted copies of layers included.
+        first: the number of the first layer: 0 or 1, or more where an earlier stack began to count.
+        last: the largest number in use, or that a removed layer had.
         totals: numbers in configs that say how many layers there are.
         tables: lists in configs with an entry a layer, and what they hold.
     """
@@ -42,6 +44,8 @@ class Stack:
     container: str
     name: str
     counters: tuple[tuple[Attribute, int], ...]
+    first: int
+    last: int
     totals: tuple[Attribute, ...] = ()
     tables: tuple[tuple[Attribute, Any], ...] = ()
 
@@ -58,14 +62,9 @@ class Stack:
         return self.holds(path) or "layer" in self.name or "block" in self.name
 
     @property
-    def first(self) -> int:
-        """The number of the first layer: 0 or 1, or more where an earlier stack began to count."""
-        return min(value for _, value in self.counters)
-
-    @property
     def count(self) -> int:
-        """How many different numbers are in use, one more than the last if counted from zero."""
-        return max(value for _, value in self.counters) + 1 - self.first
+        """How many numbers configs and caches have a place for: those of removed layers too."""
+        return self.last + 1 - self.first
 
 
 def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
@@ -101,11 +100,15 @@ def _stacks_of(
             for attribute, value in _numbers(module):
                 at = Attribute(inner, attribute)
                 places.setdefault(attribute, []).append((position, at, value))
+    removed = {number for number, (_, layer) in enumerate(layers) if _REMOVED in layer._modules}
     for name, found in places.items():
         own = [place for place in found if not _inserted_behind(place[1].module)]
-        if _counts(name, own):
+        first = _first(name, own, removed)
+        if first is not None:
             counters = tuple((at, value) for _, at, value in found)
-            yield _with_configs(Stack(path, name, counters), configs)
+            gone = [first + number for number in removed if own]
+            last = max(*gone, *(value for _, value in counters), first)
+            yield _with_configs(Stack(path, name, counters, first, last), configs)
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -120,16 +123,21 @@ def _inserted_behind(path: str) -> bool:
     return any(part.startswith(_INSERTED) for part in path.split("."))
 
 
-def _counts(name: str, places: list[tuple[int, Attribute, int]]) -> bool:
-    """Whether an attribute is in step with the position of its layer.
+def _first(name: str, places: list[tuple[int, Attribute, int]], removed: set[int]) -> int | None:
+    """The number of the first layer, if an attribute is in step with the position of its layer.
 
-    By its name, if there is one layer alone, or where the count goes on from another container.
+    By its name, if there is one layer alone, where the count goes on from another container, or
+    where a layer has taken over the number of a removed one.
     """
-    starts = {value - position for position, _, value in places}
-    if len(starts) != 1 or min(starts) < 0:
-        return False
-    alone = len({position for position, _, _ in places}) == 1
-    return bool(_LAYER_NAME.search(name)) or (not alone and starts <= {0, 1})
+    by_name = bool(_LAYER_NAME.search(name))
+    for first in sorted({0, *(value - position for position, _, value in places)}):
+        moved = [value for position, _, value in places if value - position != first]
+        if first < 0 or not places or (moved and not by_name):
+            continue
+        if all(value - first in removed for value in moved):
+            alone = len({position for position, _, _ in places}) == 1
+            return first if by_name or (not alone and first in (0, 1)) else None
+    return None
 
 
 def _configs(model: nn.Module) -> Iterator[tuple[Attribute, Any]]:
@@ -155,7 +163,7 @@ def _with_configs(stack: Stack, configs: list[tuple[Attribute, Any]]) -> Stack:
         for name, value in said.items():
             if type(value) in (list, tuple) and len(value) == stack.count and "layer" in name:
                 tables.append((Attribute(at.module, f"{at.name}.{name}"), value))
-    return Stack(stack.container, stack.name, stack.counters, tuple(totals), tuple(tables))
+    return replace(stack, totals=tuple(totals), tables=tuple(tables))
 
 
 def _concerns(holder: str, container: str) -> bool:

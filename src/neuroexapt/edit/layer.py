@@ -216,7 +216,7 @@ def _renumbered(
         # encoder and a decoder).
         through = any(other.first > 1 for other in alike) or not stack.holds(path)
         pool = alike if through else [stack]
-        free = 1 + max(value for other in pool for _, value in other.counters)
+        free = 1 + max(other.last for other in pool)
         old = sorted({value for _, _, value in own})
         numbers += [(inner, name, free + old.index(value)) for inner, name, value in own]
         if stack.holds(path):
