@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.operations.__main__ import sections
-from benchmarks.operations.page import page, paired
+from benchmarks.operations.page import BY_HAND, page, paired, rewritten
 from benchmarks.operations.run import Outcome, outcomes
 from benchmarks.operations.task import DIGITS_MLP, Moment, Section, Setting, loss_fn
 
@@ -58,3 +58,11 @@ def test_every_section_has_a_first_arm_and_names_of_its_own() -> None:
         assert all(len(setting.arms) > 1 for setting in section.settings)
         names = [setting.name for setting in section.settings]
         assert len(set(names)) == len(names)
+
+
+def test_what_was_written_by_hand_stays() -> None:
+    """A run replaces what is above the mark, and writes the same page twice."""
+    once = rewritten(f"old table\n\n{BY_HAND}\n\n## Notes\n", "new table\n")
+    assert once == f"new table\n\n{BY_HAND}\n\n## Notes\n"
+    assert rewritten(once, "new table\n") == once
+    assert rewritten("", "new table\n") == "new table\n"

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from benchmarks import operations
-from benchmarks.operations.page import page
+from benchmarks.operations.page import page, rewritten
 from benchmarks.operations.run import Outcome, outcomes
 from benchmarks.operations.task import Section
 
@@ -59,7 +59,8 @@ def main() -> None:
     command = f"python -m benchmarks.operations --seeds {options.seeds} --json {KEPT}"
     text = page(everything, list(found.values()), f"{command} --out docs/operations.md")
     if options.out:
-        options.out.write_text(text)
+        old = options.out.read_text() if options.out.exists() else ""
+        options.out.write_text(rewritten(old, text))
     else:
         print(text)
 

@@ -12,6 +12,15 @@ from benchmarks.operations.task import Section, Setting
 CLEAR = 2.0  # standard errors from which on a difference is called one
 
 
+BY_HAND = "<!-- by hand from here on -->"  # a run leaves alone what stands behind it
+
+
+def rewritten(old: str, new: str) -> str:
+    """The new page, with the part of the old one that was written by hand."""
+    _, mark, rest = old.partition(BY_HAND)
+    return f"{new}\n{mark}{rest}" if mark else new
+
+
 def page(sections: Mapping[str, Section], found: Sequence[Outcome], command: str) -> str:
     """Markdown of everything that was measured."""
     parts = [_HEAD.format(command=command)]
