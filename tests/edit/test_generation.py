@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from neuroexapt import InsertAttention, InsertLayer, RemoveLayer, apply, map_axes, transaction
+from neuroexapt.errors import EditError
 from neuroexapt.testing.snapshot import changes, snapshot
 
 IDS = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -29,6 +30,11 @@ TEXT: dict[str, Any] = {
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 GPT = {"vocab_size": 90, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}
 T5 = {"vocab_size": 90, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+BART = {"vocab_size": 90, "d_model": 32, "max_position_embeddings": 40, "bos_token_id": 1} | {
+    f"{side}_{name}": number
+    for side in ("encoder", "decoder")
+    for name, number in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
+}
 NO_END = {"eos_token_id": None, "pad_token_id": 0, "decoder_start_token_id": 0}
 FULL, LOCAL = "full_attention", "sliding_attention"
 
@@ -72,15 +78,21 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] =
         ("decoder.block.1", "encoder.block.0"),
         {"num_decoder_layers": 3},
     ),
+    "BART": (
+        "BartForConditionalGeneration",
+        {**BART, **NO_END},
+        ("model.decoder.layers.0",),
+        {"decoder_layers": 3},
+    ),
 }
 
 
-def build(name: str) -> Any:
+def build(name: str, **more: Any) -> Any:
     """A tiny model with weights large enough to tell tokens apart."""
     kind, settings, _, _ = MODELS[name]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        config = getattr(transformers, kind).config_class(**settings)
+        config = getattr(transformers, kind).config_class(**settings | more)
         model = getattr(transformers, kind)(config).double().eval()
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -144,22 +156,58 @@ def test_causal_attention_without_a_place_in_the_cache_is_refused() -> None:
     assert "InsertLayer(kind='copy')" in problem.next_step
 
 
-# Blocks that go (R) and are copied (C), in this order.
-ORDERS = ["R0 C1", "C0 R0", "C1 R1", "R1 C0", "C1 R0 C1", "C0 C1 R0"]
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_blocks_come_and_go_in_any_order(name: str, order: str) -> None:
-    """Each block that is left has a place of its own in the cache, also where a number moved."""
-    model = build(name)
-    blocks = MODELS[name][2][0].rpartition(".")[0]
-    for step in order.split():
-        path = f"{blocks}.{step[1]}"
-        edit = RemoveLayer(path) if step[0] == "R" else InsertLayer(path, kind="copy")
-        apply(model, edit, (), example(model))
+def agrees_with_its_cache(model: Any) -> None:
+    """What is silent gets weights; then generation is the same with a cache and without."""
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
     with_cache, without = (generated(model, use_cache=use) for use in (True, False))
     torch.testing.assert_close(with_cache, without, rtol=0, atol=1e-9)
+
+
+# Blocks and parts of them that go (R) and are copied (C), in this order.
+ORDERS = ["R0 C1", "C0 R0", "C1 R1", "R1 C0", "C1 R0 C1", "C0 C1 R0"]
+PARTS = ["R0.attn C1.attn", "C1.attn R1 C0 R0.attn"]
+# The copy has taken over the first number, and goes too.
+ORDERS += ["C0 R0 R0.nx_next"]
+CROSS = ["R0.self_attn C1 R1", "C0 R0 R0.nx_next.nx_block.self_attn"]
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [(name, order) for name in ("Llama", "GPT2") for order in ORDERS]
+    + [("GPT2", order) for order in PARTS]
+    + [("BART", order) for order in CROSS],
+)
+def test_blocks_come_and_go_in_any_order(name: str, order: str) -> None:
+    """Each block that is left has a place of its own in the cache, also where a number moved."""
+    model = build(name)
+    blocks = MODELS[name][2][0].rpartition(".")[0]
+    for step in order.split():
+        path = f"{blocks}.{step[1:]}"
+        edit = RemoveLayer(path) if step[0] == "R" else InsertLayer(path, kind="copy")
+        apply(model, edit, (), example(model))
+    agrees_with_its_cache(model)
+
+
+def test_a_lone_layer_hands_its_number_to_its_copy() -> None:
+    """Also where only copies are left, the next one gets a free number."""
+    model = build("Llama", num_hidden_layers=1)
+    for edit in (
+        InsertLayer("model.layers.0", kind="copy"),
+        RemoveLayer("model.layers.0"),
+        InsertLayer("model.layers.0.nx_next", kind="copy"),
+    ):
+        apply(model, edit, (), example(model))
+    layer = model.model.layers[0].nx_next
+    assert [layer.self_attn.layer_idx, layer.nx_next.self_attn.layer_idx] == [0, 1]
+    agrees_with_its_cache(model)
+
+
+def test_the_last_layer_that_fills_a_cache_stays() -> None:
+    """Else a model with learned positions would take each token for the first one."""
+    model = build("GPT2")
+    apply(model, RemoveLayer("transformer.h.0.attn"), (), example(model))
+    with pytest.raises(EditError, match="last layer that fills a cache"):
+        apply(model, RemoveLayer("transformer.h.1.attn"), (), example(model))
+    agrees_with_its_cache(model)

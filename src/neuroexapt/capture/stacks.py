@@ -7,7 +7,7 @@ needs one that is free, and a config that says how many there are must say one m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +67,27 @@ class Stack:
         return self.last + 1 - self.first
 
 
+def counted_with(stacks: Iterable[Stack], stack: Stack) -> list[Stack]:
+    """The stacks that share one count with a stack, itself among them.
+
+    One count may run through several containers (stages); others each have their own (an
+    encoder and a decoder).
+    """
+    alike = [other for other in stacks if other.name == stack.name]
+    return alike if any(other.first > 1 for other in alike) else [stack]
+
+
+def role_of(path: str) -> str:
+    """What a module is in its layer: its last name that is neither a number nor reserved.
+
+    Example:
+        >>> role_of("decoder.layers.0.nx_next.self_attn"), role_of("decoder.layers.0.nx_next")
+        ('self_attn', 'layers')
+    """
+    names = [n for n in path.split(".") if not n.isdigit() and not n.startswith(_INSERTED)]
+    return names[-1] if names else ""
+
+
 def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
     """Every container of layers that are counted, outer ones first.
 
@@ -100,23 +121,29 @@ def _stacks_of(
             for attribute, value in _numbers(module):
                 at = Attribute(inner, attribute)
                 places.setdefault(attribute, []).append((position, at, value))
-    removed = {number for number, (_, layer) in enumerate(layers) if _REMOVED in layer._modules}
+    removed = {number for number, (_, layer) in enumerate(layers) if _has_removed(layer)}
     for name, found in places.items():
         own = [place for place in found if not _inserted_behind(place[1].module)]
         first = _first(name, own, removed)
+        if not own and _LAYER_NAME.search(name):  # all that is left are copies
+            first = min(value for _, _, value in found)
         if first is not None:
             counters = tuple((at, value) for _, at, value in found)
-            gone = [first + number for number in removed if own]
+            gone = [first + number for number in removed]
             last = max(*gone, *(value for _, value in counters), first)
             yield _with_configs(Stack(path, name, counters, first, last), configs)
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    if type(module).__module__.startswith("torch.nn."):
-        return  # none of torch's own layers knows its place
+    if type(module).__module__.startswith("torch.nn.") or _REMOVED in module._modules:
+        return  # none of torch's own layers knows its place, and a removed one has none
     for name, value in vars(module).items():
         if type(value) is int and not _GEOMETRY.search(name):
             yield name, value
+
+
+def _has_removed(layer: nn.Module) -> bool:
+    return any(_REMOVED in module._modules for module in layer.modules())
 
 
 def _inserted_behind(path: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from neuroexapt.capture.stacks import Stack
+from neuroexapt.capture.stacks import Stack, counted_with, role_of
 from neuroexapt.couple import AxisMap
 from neuroexapt.edit.base import Edit
 from neuroexapt.edit.branches import Spec
@@ -212,17 +212,32 @@ def _renumbered(
         if not own or not stack.continues(path):
             continue
         alike = [other for other in axes.stacks if other.name == stack.name]
-        # One count may run through several containers (stages), or each have its own (an
-        # encoder and a decoder).
-        through = any(other.first > 1 for other in alike) or not stack.holds(path)
-        pool = alike if through else [stack]
+        pool = counted_with(axes.stacks, stack) if stack.holds(path) else alike
         free = 1 + max(other.last for other in pool)
-        old = sorted({value for _, _, value in own})
-        numbers += [(inner, name, free + old.index(value)) for inner, name, value in own]
+        layers = _by_layer(own)
+        numbers += [(inner, name, free + layer) for layer, (inner, name, _) in layers]
         if stack.holds(path):
-            for edit in _counted(stack, old):
+            added = {layer: value for layer, (_, _, value) in reversed(layers)}
+            for edit in _counted(stack, [added[layer] for layer in sorted(added)]):
                 edits[edit.module, edit.name] = edit
     return tuple(numbers), tuple(edits.values())
+
+
+def _by_layer(
+    own: list[tuple[str, str, int]],
+) -> list[tuple[int, tuple[str, str, int]]]:
+    """Which layer of the block each number belongs to, counted from 0.
+
+    Parts of one layer (attention to itself, to a memory) may have unlike numbers, after one of
+    them took over that of a removed layer: so each is counted among its like.
+    """
+    alike: dict[str, set[int]] = {}
+    for inner, _, value in own:
+        alike.setdefault(role_of(inner), set()).add(value)
+    return [
+        (sorted(alike[role_of(inner)]).index(value), (inner, name, value))
+        for inner, name, value in own
+    ]
 
 
 def _own_numbers(stack: Stack, path: str) -> list[tuple[str, str, int]]:

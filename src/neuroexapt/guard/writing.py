@@ -150,6 +150,7 @@ def _remove(ledger: Ledger, model: nn.Module, optimizer: Optimizer, removal: Rem
     module = model.get_submodule(removal.module)
     before = list(model.parameters())
     if removal.passage is None:
+        renumber(ledger, model, removal.module)
         parent, _, name = removal.module.rpartition(".")
         holder = model.get_submodule(parent)
         drop_item(ledger, holder._modules, name)
