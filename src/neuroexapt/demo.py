@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from neuroexapt.errors import SettingsError
 from neuroexapt.measure import HoldoutScore, count_flops, count_parameters, evaluate, layers
 from neuroexapt.plan import Budget, Settings
-from neuroexapt.record import write_report
+from neuroexapt.record import Journal, read_journal, write_report
 from neuroexapt.train import Evolver
 
 TRAIN, HOLDOUT = 600, 400  # the remaining 797 images are for the test
@@ -234,19 +234,18 @@ def run_seed(seed: int, epochs: int, out: Path, on_epoch: OnEpoch) -> tuple[Arm,
     journal.unlink(missing_ok=True)
     digits = Digits.load(seed)
     fixed, _ = train(digits, seed, epochs, None, on_epoch)
-    evolved, evolver = train(digits, seed, epochs, journal, on_epoch)
-    events = list(evolver.journal.events) if evolver else []
-    events.append(
-        {
-            "event": "baseline",
-            "name": "fixed",
-            "points": list(fixed.points),
-            "parameters": fixed.parameters,
-            "flops": fixed.flops,
-            "layers": layers(fixed.model),
-        }
-    )
-    events.append({"event": "result", "rows": [_row(fixed), _row(evolved)]})
+    evolved, _ = train(digits, seed, epochs, journal, on_epoch)
+    with Journal(journal) as more:
+        more.write(
+            "baseline",
+            name=fixed.name,
+            points=fixed.points,
+            parameters=fixed.parameters,
+            flops=fixed.flops,
+            layers=layers(fixed.model),
+        )
+        more.write("result", rows=[_row(fixed), _row(evolved)])
+    events = read_journal(journal)
     write_report(events, folder / "report.html", title=f"Digits, seed {seed}")
     return fixed, evolved
 

@@ -15,6 +15,7 @@ Read `base` first: a `Reading`, and `undisturbed`, the law that measuring change
 - `trend`: is the loss still falling; the generalisation gap
 - `holdout`: the loss on held-out batches, the judge of every change
 - `cost`: parameters, FLOPs, bytes
+- `wiring`: which layer reads which
 
 Signals propose and order; a measured held-out loss decides.
 """
@@ -59,6 +60,7 @@ from neuroexapt.measure.trend import (
     read_plateau_slope,
 )
 from neuroexapt.measure.weights import dense_gradients, weight_scores
+from neuroexapt.measure.wiring import Node, wiring
 
 __all__ = [
     "AffineFit",
@@ -66,6 +68,7 @@ __all__ = [
     "HoldoutScore",
     "LayerRow",
     "LossFn",
+    "Node",
     "ReaderInputs",
     "Reading",
     "Trend",
@@ -101,4 +104,5 @@ __all__ = [
     "unit_redundancy",
     "unit_scores",
     "weight_scores",
+    "wiring",
 ]

@@ -159,9 +159,10 @@ def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
 def layers(model: nn.Module) -> list[LayerRow]:
     """List what owns parameters, in the order of the modules.
 
-    A module without children has one row, with the shape of its ``weight`` (else of its first
-    parameter). A parameter held directly by a module with children (a class token, the packed
-    projection of attention) has a row of its own, of type ``Parameter``.
+    A module without children, or with a parameter called ``weight``, has one row, with the shape
+    of its ``weight`` (else of its first parameter). Any other parameter held directly by a module
+    with children (a class token, the packed projection of attention) has a row of its own, of type
+    ``Parameter``. A module that was given a branch keeps its row and the name of its class.
 
     Invariant: the parameters of the rows sum to `count_parameters`; a shared parameter counts
     where it appears first.
@@ -177,14 +178,32 @@ def layers(model: nn.Module) -> list[LayerRow]:
     return [row for path, module in model.named_modules() for row in _rows_of(path, module, seen)]
 
 
+def kind_of(module: nn.Module) -> str:
+    """The name of a module's class, without the generated subclass a branch gives it.
+
+    Example:
+        >>> kind_of(nn.ReLU())
+        'ReLU'
+    """
+    kind = type(module)
+    while kind.__name__ == f"Grafted{kind.__mro__[1].__name__}":
+        kind = kind.__mro__[1]
+    return kind.__name__
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module's own parameters are one layer, and not one each."""
+    return next(module.children(), None) is None or "weight" in module._parameters
+
+
 def _rows_of(path: str, module: nn.Module, seen: set[int]) -> list[LayerRow]:
     owned = dict(module.named_parameters(recurse=False))
     sizes = {name: _new_size(path, name, held, seen) for name, held in owned.items()}
     if not owned:
         return []
-    if next(module.children(), None) is None:
+    if is_whole(module):
         main = owned.get("weight", next(iter(owned.values())))
-        return [_row(path, type(module).__name__, main, sum(sizes.values()))]
+        return [_row(path, kind_of(module), main, sum(sizes.values()))]
     return [
         _row(f"{path}.{name}".lstrip("."), "Parameter", owned[name], sizes[name]) for name in owned
     ]

@@ -67,3 +67,9 @@ class Survey:
     flops: int
     widths: tuple[WidthSurvey, ...]
     grow: tuple[GrowOption, ...]
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Every signal taken, for the record."""
+        taken = [reading for width in self.widths for reading in width.readings]
+        return taken + [reading for option in self.grow for reading in option.readings]

@@ -6,5 +6,6 @@ together from ``story.py`` (events gathered), ``charts.py``, ``cards.py`` and ``
 
 from neuroexapt.record.journal import SCHEMA, Journal, read_journal
 from neuroexapt.record.report import write_report
+from neuroexapt.record.structure import changed, difference
 
-__all__ = ["SCHEMA", "Journal", "read_journal", "write_report"]
+__all__ = ["SCHEMA", "Journal", "changed", "difference", "read_journal", "write_report"]

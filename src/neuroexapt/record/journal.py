@@ -9,11 +9,13 @@ all processes that appended), ``event`` (its kind) and ``time`` (Unix seconds). 
 ============  ==================================================================================
 kind          fields
 ============  ==================================================================================
-start         run, model {class, parameters, flops, layers: [{name, type, shape, parameters}]},
+start         run, model {class, parameters, flops, layers: [{name, type, shape, parameters}],
+              flow: [{name, type, from: [names]}]},
               budget {params, flops} (null: no limit), settings {...},
               environment {python, torch, platform, device, neuroexapt}
 epoch         epoch, step, holdout_loss, holdout_error (standard error of the loss),
               holdout_accuracy (0 to 1, or null), parameters, flops, memory_bytes
+survey        epoch, step, readings [{signal, at, value, unit, error, samples}]
 proposal      id, epoch, step, kind ("Widen", ...), at, edit {...}, reason (a sentence),
               predicted {loss (change, nats), parameters (change), flops (change)},
               readings [{signal, at, value, unit, error, samples}], runner_up (or null)
@@ -28,6 +30,9 @@ result        rows [{name, test_accuracy, parameters, flops, seconds, proposed, 
 end           epoch, step, model {class, parameters, flops, layers}, seconds,
               overhead_seconds (the part of seconds spent on measuring and editing)
 ============  ==================================================================================
+
+An ``applied``, ``verdict``, ``epoch`` or ``end`` before which the architecture changed also has
+``layers``: the difference, and ``flow``, whole, if layers came or went.
 
 A value that could not be measured is null. NaN and infinity are written as null too, because JSON
 has no such numbers.

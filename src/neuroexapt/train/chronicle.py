@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import fields
 from importlib import metadata
 from typing import Any
@@ -11,11 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from neuroexapt.capture import Trace
 from neuroexapt.edit import Edit
 from neuroexapt.guard import Applied
-from neuroexapt.measure import HoldoutScore, count_parameters, layers
+from neuroexapt.measure import (
+    HoldoutScore,
+    LayerRow,
+    Node,
+    Reading,
+    count_parameters,
+    layers,
+    wiring,
+)
 from neuroexapt.plan import Candidate, Decision, Limits, Settings
-from neuroexapt.record import Journal
+from neuroexapt.record import Journal, difference
 
 
 class Chronicle:
@@ -23,21 +33,32 @@ class Chronicle:
 
     Args:
         path: JSON Lines file; None keeps the events in memory.
+        model: the model, unwrapped.
+        trace: gives a run of the model as it is; asked only after layers came or went.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None, model: nn.Module, trace: Callable[[], Trace]
+    ) -> None:
         self.journal = Journal(path)
         self.epoch_number = 0
         self.step = 0
         self._proposals = 0
+        self._model = model
+        self._trace = trace
+        self._layers: list[LayerRow] = []
+        self._flow: list[Node] = []
+        # What reads what depends on the modules alone; a roll-back finds it again.
+        self._flows: dict[tuple[str, ...], list[Node]] = {}
 
-    def start(self, model: nn.Module, flops: int, limits: Limits, settings: Settings) -> None:
+    def start(self, flops: int, limits: Limits, settings: Settings) -> None:
         """The model before anything, the limits and the environment."""
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        self._layers, self._flow = layers(self._model), self._wired()
         self.journal.write(
             "start",
-            run=type(model).__name__,
-            model=_model_fields(model, flops),
+            run=type(self._model).__name__,
+            model={**_model_fields(self._model, flops), "flow": self._flow},
             budget={"params": limits.parameters, "flops": limits.flops},
             settings=settings,
             environment={
@@ -63,7 +84,12 @@ class Chronicle:
             parameters=parameters,
             flops=flops,
             memory_bytes=memory,
+            **self._structure(),
         )
+
+    def survey(self, readings: list[Reading]) -> None:
+        """What was measured of each layer when a change was considered."""
+        self.journal.write("survey", epoch=self.epoch_number, step=self.step, readings=readings)
 
     def proposal(self, decision: Decision, candidate: Candidate) -> int:
         """What is about to be tried and why; returns its number."""
@@ -96,6 +122,7 @@ class Chronicle:
             parameters_after=done.parameters_after,
             max_difference=done.max_difference,
             seconds=done.seconds,
+            **self._structure(),
         )
 
     def verdict(
@@ -110,19 +137,39 @@ class Chronicle:
             verdict=verdict,
             why=why,
             realised=realised,
+            **self._structure(),
         )
 
-    def end(self, model: nn.Module, flops: int, seconds: float, overhead: float) -> None:
+    def end(self, flops: int, seconds: float, overhead: float) -> None:
         """The model after everything; closes the journal."""
         self.journal.write(
             "end",
             epoch=self.epoch_number,
             step=self.step,
-            model=_model_fields(model, flops),
+            model=_model_fields(self._model, flops),
             seconds=seconds,
             overhead_seconds=overhead,
+            **self._structure(),
         )
         self.journal.close()
+
+    def _structure(self) -> dict[str, Any]:
+        """How layers, and what reads what, differ from the event before; empty if they do not."""
+        rows = layers(self._model)
+        found: dict[str, Any] = {}
+        if rows != self._layers:
+            found["layers"] = difference(self._layers, rows)
+            self._layers = rows
+        flow = self._wired()
+        if flow != self._flow:
+            found["flow"] = self._flow = flow
+        return found
+
+    def _wired(self) -> list[Node]:
+        names = tuple(name for name, _ in self._model.named_modules())
+        if names not in self._flows:
+            self._flows[names] = wiring(self._model, self._trace())
+        return self._flows[names]
 
 
 def _model_fields(model: nn.Module, flops: int) -> dict[str, Any]:

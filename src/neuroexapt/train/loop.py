@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -146,6 +147,7 @@ class Evolver:
         self._started = time.perf_counter()
         self._trial: _Pending | None = None
         self._axes: AxisMap | None = None
+        self._mapped: tuple[tuple[Any, ...], ...] = ()
         self._copies: tuple[nn.Module, ...] = ()
         self._closed = False
         self._kept_score: HoldoutScore
@@ -155,8 +157,8 @@ class Evolver:
             parameters, flops = count_parameters(model), self._flops()
             self.limits = (budget or Budget()).limits(parameters=parameters, flops=flops)
             self.state = State(parameters, flops)
-            self.chronicle = Chronicle(journal)
-            self.chronicle.start(model, flops, self.limits, self.settings)
+            self.chronicle = Chronicle(journal, model, lambda: self._map().traces[0])
+            self.chronicle.start(flops, self.limits, self.settings)
 
     @property
     def journal(self) -> Journal:
@@ -221,7 +223,7 @@ class Evolver:
             why = "the run ended before its verdict"
             self.chronicle.verdict(pending.number, "rolled_back", why)
         seconds = time.perf_counter() - self._started
-        self.chronicle.end(self.model, self._flops(), seconds, self.overhead)
+        self.chronicle.end(self._flops(), seconds, self.overhead)
 
     def report(self, path: str | os.PathLike[str], *, title: str = "neuroexapt run") -> Path:
         """Write the run so far as one self-contained HTML file."""
@@ -247,9 +249,10 @@ class Evolver:
             self.overhead += time.perf_counter() - started
 
     def _map(self) -> AxisMap:
-        """The map of the model as it is, made anew only after a change."""
-        if self._axes is None:
-            self._axes = map_axes(self.model, *self._example)
+        """The map of the model as it is, made anew only after a change, also one by hand."""
+        form = _form(self.model)
+        if self._axes is None or self._mapped != form:
+            self._axes, self._mapped = map_axes(self.model, *self._example), form
         return self._axes
 
     def _flops(self) -> int:
@@ -284,9 +287,11 @@ class Evolver:
         )
         now = count_parameters(self.model), self._flops()
         try:
-            candidates = propose(surveyor.take())
+            survey = surveyor.take()
+            candidates = propose(survey)
         except NeuroExaptError as error:
             return Decision(None, f"the model could not be surveyed: {error}")
+        self.chronicle.survey(survey.readings)
         self.state, decision = choose(self.state, self.settings, self.limits, candidates, now)
         if decision.candidate is not None:
             self._try(decision, decision.candidate, axes)
@@ -326,3 +331,9 @@ class Evolver:
     def _refuse(self, number: int, candidate: Candidate, why: str, *, for_good: bool) -> None:
         self.state = refused(self.state, candidate, for_good=for_good)
         self.chronicle.verdict(number, "refused", why)
+
+
+def _form(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
+    """What a map depends on and an edit changes: the modules, and the shapes of parameters."""
+    modules = tuple((path, type(module)) for path, module in model.named_modules())
+    return modules, tuple((name, p.shape) for name, p in model.named_parameters())
