@@ -103,6 +103,7 @@ def test_memory_stays_flat_over_many_edits() -> None:
     assert alive() - before == held(model, optimizer)
     if not all(sizes):
         pytest.skip("the system does not tell resident memory")
-    # What one edit touches is 600 kB; the interpreter's own caches grow for some hundred edits.
+    # What one edit touches is 600 kB, half of them are kept; the interpreter's own caches grow for
+    # the first 200 edits or so, by 30 to 100 kB each.
     slope = float(np.polyfit(np.arange(len(sizes)) * 5, sizes, 1)[0])
-    assert slope < 60_000, f"{slope:.0f} bytes an edit"
+    assert slope < (150_000 if EDITS < 500 else 10_000), f"{slope:.0f} bytes an edit"

@@ -10,7 +10,7 @@ import gc
 import inspect
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def _holders(storages: set[int]) -> dict[int, tuple[str, ...]]:
             if cdata in storages:
                 tensors.setdefault(cdata, []).append(thing)
     skipped = {id(tensors), *(id(held) for held in tensors.values())}
-    return {cdata: tuple(dict.fromkeys(_named(held, skipped))) for cdata, held in tensors.items()}
+    return {cdata: tuple(dict.fromkeys(held_by(held, skipped))) for cdata, held in tensors.items()}
 
 
 def _storage_of(tensor: Tensor) -> int:
@@ -117,46 +117,75 @@ def _storage_of(tensor: Tensor) -> int:
         return 0
 
 
-def _named(tensors: Iterable[Tensor], skipped: set[int]) -> Iterator[str]:
+def held_by(things: Sequence[object], skipped: Set[int] = frozenset()) -> Iterator[str]:
+    """What refers to some objects, in words: variables of running functions, items, attributes.
+
+    Args:
+        things: a list that nobody else holds; it is not named itself.
+        skipped: ids of other holders that are not worth naming.
+    """
     frames = list(_running())
-    for tensor in tensors:
-        for referrer in gc.get_referrers(tensor):
-            if id(referrer) in skipped or referrer is tensors:
+    for thing in things:
+        for referrer in gc.get_referrers(thing):
+            if id(referrer) in skipped or referrer is things:
                 continue
             if not isinstance(referrer, types.FrameType):
-                yield from _place(referrer, tensor)
+                yield from _place(referrer, thing)
         for frame in frames:  # what runs keeps its variables where the collector does not look
-            for name in _variables(frame, tensor):
+            for name in _variables(frame, thing):
                 where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
                 yield f"variable {name} of {frame.f_code.co_name} ({where})"
 
 
-def _variables(frame: types.FrameType, tensor: Tensor) -> list[str]:
+def _variables(frame: types.FrameType, thing: object) -> list[str]:
     held = frame.f_locals
-    names = [name for name, value in held.items() if value is tensor]
+    names = [name for name, value in held.items() if value is thing]
     if frame.f_code.co_flags & inspect.CO_OPTIMIZED and type(held) is dict:
         held.clear()  # a copy that the frame keeps (until Python 3.12): it would hold them alive
     return names
 
 
 def _running() -> Iterator[types.FrameType]:
-    """The frames of every thread, this file's apart."""
+    """The frames of every thread, this room's apart."""
     for innermost in sys._current_frames().values():
         frame: types.FrameType | None = innermost
         while frame is not None:
-            if frame.f_code.co_filename != __file__:
+            if frame.f_globals.get("__package__") != __package__:
                 yield frame
             frame = frame.f_back
 
 
-def _place(holder: Any, tensor: Tensor) -> Iterator[str]:
+def _place(holder: Any, thing: object) -> Iterator[str]:
     if isinstance(holder, dict):
-        keys = [key for key, value in holder.items() if value is tensor]
-        owners = [o for o in gc.get_referrers(holder) if getattr(o, "__dict__", None) is holder]
-        for key in keys:
-            where = f"attribute of {type(owners[0]).__name__}" if owners else "item of a dict"
-            yield f"'{key}', {where}"
+        owners = [type(owner).__name__ for owner in _owners(holder)]
+        where = f"attribute of {owners[0]}" if owners else "item of a dict"
+        keys = [key for key, value in holder.items() if value is thing]
+        yield from (f"'{key}', {where}" for key in keys)
+        if not keys:
+            yield f"a key of a {_mapping(holder)}"
     elif isinstance(holder, (list, tuple, set)):
         yield f"a {type(holder).__name__} of {len(holder)}"
     else:
-        yield f"a {type(holder).__name__}"
+        # Straight from the object: a class may compute its attributes.
+        held = _attributes(holder)
+        keys = [key for key, value in held.items() if value is thing]
+        yield from (f"'{key}', attribute of {type(holder).__name__}" for key in keys)
+        if not keys:
+            yield f"a {type(holder).__name__}"
+
+
+def _attributes(thing: object) -> dict[str, Any]:
+    has = type(thing).__dictoffset__ and not isinstance(thing, type)
+    return object.__getattribute__(thing, "__dict__") if has else {}
+
+
+def _owners(held: dict[Any, Any]) -> list[object]:
+    """The objects whose attributes a dictionary holds."""
+    return [o for o in gc.get_referrers(held) if _attributes(o) is held]
+
+
+def _mapping(inner: dict[Any, Any]) -> str:
+    """The kind of mapping that keeps its items in a dictionary (of weak references)."""
+    holders = gc.get_referrers(inner)
+    holders += [owner for held in holders if type(held) is dict for owner in _owners(held)]
+    return next((k for k in (type(h).__name__ for h in holders) if "Dict" in k), "dict")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from neuroexapt.capture.attributes import Attribute, read, write
 from neuroexapt.capture.interrupts import held_back
 from neuroexapt.errors import GuardError
+from neuroexapt.guard.holders import held
 
 
 class Ledger:
@@ -84,37 +83,6 @@ class Ledger:
         self._undo.clear()
 
 
-def check_swappable(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that :func:`swap` could not change, before any of them is touched.
-
-    A swap that fails half-way through a model would poison the graph that forbade it.
-
-    Raises:
-        GuardError: a live graph or a weak reference holds one, or its class is a wrapper.
-    """
-    for name, tensor in tensors.items():
-        if is_traceable_wrapper_subclass(tensor):
-            raise GuardError(
-                name,
-                seen=f"a {type(tensor).__name__}",
-                needed="a plain tensor",
-                next_step="edit before sharding or quantising the model",
-            )
-        # One reference is the object's own; one more may be the gradient node of a spent graph.
-        if weakref.getweakrefs(tensor) or tensor._use_count() > 2:  # type: ignore[attr-defined]
-            raise _held(name, "a weak reference or a live autograd graph holds it")
-
-
-def _held(name: str, seen: str) -> GuardError:
-    return GuardError(
-        name,
-        seen=seen,
-        needed="a tensor that no autograd graph and no weak reference holds",
-        next_step="edit after optimizer.step(), and drop losses and outputs of the last "
-        "step first (del loss, output)",
-    )
-
-
 def swap(ledger: Ledger, tensor: Tensor, new: Tensor, name: str) -> None:
     """Give a tensor object the content of another one; the object and all references to it stay.
 
@@ -137,7 +105,7 @@ def swap(ledger: Ledger, tensor: Tensor, new: Tensor, name: str) -> None:
         try:
             torch.utils.swap_tensors(tensor, new)
         except RuntimeError as error:
-            raise _held(name, str(error).splitlines()[0]) from error
+            raise held(name, str(error).splitlines()[0]) from error
 
     ledger.do(write, undo)
 

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from neuroexapt.capture.masks import MASK
 from neuroexapt.edit import Masking, fitting_class
-from neuroexapt.guard.hooked import drop_graphs
 from neuroexapt.guard.ledger import Ledger, drop_item, put_item, set_class
 from neuroexapt.guard.optimizer import SECOND_MOMENTS, reweigh
-from neuroexapt.guard.recurrent import recurrent_owners, release, renew
 from neuroexapt.guard.values import set_values
 
 
@@ -35,9 +33,6 @@ def set_mask(
     mask = old if masking.mask is None else _like(parameter, masking.mask)
     if mask is None:
         return
-    recurrent = recurrent_owners(model, [parameter])
-    release(ledger, recurrent)
-    drop_graphs(ledger, model)
     grad = None if parameter.grad is None else parameter.grad * mask
     values = parameter.detach().masked_fill(~mask, 0)
     set_values(ledger, parameter, values, masking.tensor, grad=grad)
@@ -53,7 +48,6 @@ def set_mask(
         elif f"{MASK}{name}" not in module._buffers:
             put_item(ledger, module._buffers, f"{MASK}{name}", mask)
         set_class(ledger, module, fitting_class(module))
-    renew(ledger, recurrent)
 
 
 def held_mask(model: nn.Module, tensor: Tensor) -> Tensor | None:

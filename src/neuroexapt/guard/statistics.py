@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from neuroexapt.capture.restore import restored
-from neuroexapt.guard.ledger import Ledger, check_swappable, swap
+from neuroexapt.guard.holders import check_swappable
+from neuroexapt.guard.ledger import Ledger, swap
 
 LossFn = Callable[[nn.Module, Any], object]
 

@@ -20,6 +20,7 @@ from neuroexapt.edit import Edit, Patch
 from neuroexapt.errors import GuardError
 from neuroexapt.guard.config import Run, follow, owners
 from neuroexapt.guard.copies import inner_copies
+from neuroexapt.guard.holders import check_checkpoints
 from neuroexapt.guard.ledger import Ledger
 from neuroexapt.guard.memory import activation_bytes, check_room, forecast
 from neuroexapt.guard.optimizer import check_optimizer
@@ -122,6 +123,7 @@ class Transaction:
     ) -> Applied:
         started = time.perf_counter()
         _check_mode()
+        check_checkpoints()
         axes = axes or map_axes(self.model, args, kwargs)
         patch = edit.plan(axes, named_tensors(self.model))
         self._check_memory(patch, edit)

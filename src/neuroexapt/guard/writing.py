@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from neuroexapt.capture.attributes import Attribute
-from neuroexapt.capture.masks import masks_among
+from neuroexapt.capture.masks import mask_of, masks_among
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.edit import (
     Insertion,
@@ -30,11 +30,11 @@ from neuroexapt.edit import (
 from neuroexapt.errors import GuardError
 from neuroexapt.guard.caches import drop_caches
 from neuroexapt.guard.decay import set_decay
+from neuroexapt.guard.holders import check_swappable
 from neuroexapt.guard.hooked import drop_graphs
 from neuroexapt.guard.ledger import (
     Ledger,
     add_child,
-    check_swappable,
     drop_item,
     put_item,
     set_attribute,
@@ -58,6 +58,12 @@ def write(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) 
         GuardError: a live graph or weak reference forbids it; the caller takes back the rest.
         EditError: a removal that a cache could not follow; likewise.
     """
+    named = named_tensors(model)
+    touched = {name: named[name] for name in _touched(patch) if name in named}
+    recurrent = recurrent_owners(model, touched.values())
+    release(ledger, recurrent)
+    drop_graphs(ledger, model)
+    check_swappable(touched)
     _resize(ledger, model, optimizer, patch)
     for refold in patch.refolds:
         _refold(ledger, model, optimizer, refold)
@@ -70,17 +76,24 @@ def write(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) 
     for masking in patch.maskings:
         set_mask(ledger, model, optimizer, masking)
     _rewrite_all(ledger, model, optimizer, patch.rewrites)
+    renew(ledger, recurrent)
     for decay in patch.decays:
         set_decay(ledger, model, optimizer, decay)
+
+
+def _touched(patch: Patch) -> Iterator[str]:
+    """The names of all tensors that get another content."""
+    yield from patch.tensors
+    yield from (refold.tensor for refold in patch.refolds)
+    for masking in patch.maskings:
+        yield masking.tensor
+        yield mask_of(masking.tensor)
+    yield from (rewrite.tensor for rewrite in patch.rewrites)
 
 
 def _resize(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch) -> None:
     named = named_tensors(model)
     touched = {name: named[name] for name in patch.tensors}
-    recurrent = recurrent_owners(model, touched.values())
-    release(ledger, recurrent)
-    drop_graphs(ledger, model)
-    check_swappable(touched)
     if optimizer is not None:
         _warn_unless_held(optimizer, touched)
     done, masks = set[int](), masks_among(named)
@@ -90,7 +103,6 @@ def _resize(ledger: Ledger, model: nn.Module, optimizer: Optimizer, patch: Patch
             # Whatever an edit says of a mask: an entry shut out from birth would never learn.
             fill = "one" if name in masks else None
             _resize_tensor(ledger, optimizer, (name, named[name]), patch, fill)
-    renew(ledger, recurrent)
     if touched:
         drop_caches(ledger, model)
 
@@ -132,7 +144,6 @@ def _warn_unless_held(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 def _refold(ledger: Ledger, model: nn.Module, optimizer: Optimizer, refold: Refold) -> None:
     tensor = named_tensors(model)[refold.tensor]
-    check_swappable({refold.tensor: tensor})
     new = alike(tensor, folded(tensor, refold))
     if tensor.grad is not None:
         new.grad = folded(tensor.grad, refold, mean=True)
@@ -220,15 +231,11 @@ def _rewrite_all(
     ledger: Ledger, model: nn.Module, optimizer: Optimizer, rewrites: Sequence[Rewrite]
 ) -> None:
     named = named_tensors(model)
-    known = [rewrite for rewrite in rewrites if rewrite.tensor in named]
-    recurrent = recurrent_owners(model, [named[rewrite.tensor] for rewrite in known])
-    release(ledger, recurrent)
     for rewrite in rewrites:
-        if rewrite in known:
+        if rewrite.tensor in named:
             _rewrite(ledger, model, optimizer, rewrite)
         else:
             _give(ledger, model, optimizer, rewrite)
-    renew(ledger, recurrent)
 
 
 def _rewrite(ledger: Ledger, model: nn.Module, optimizer: Optimizer, rewrite: Rewrite) -> None:
@@ -242,7 +249,6 @@ def _rewrite(ledger: Ledger, model: nn.Module, optimizer: Optimizer, rewrite: Re
         )
     values, mask = rewrite.values.to(tensor), held_mask(model, tensor)
     if tensor.shape != values.shape:
-        check_swappable({rewrite.tensor: tensor})
         swap(ledger, tensor, alike(tensor, values.clone()), rewrite.tensor)
         if optimizer is not None:
             reset(ledger, optimizer, tensor)
