@@ -98,12 +98,11 @@ def _held_by_graphs(tensors: list[tuple[str, Tensor, int]]) -> GuardError | None
         root = waiting.root_of(tensor)
         if root is not None:
             where = list(held_by([root], waiting.own))[:1]
-            shape, node = tuple(root.shape), type(root.grad_fn).__name__
-            what = ", ".join([node, *where])
+            what = ", ".join(
+                [f"{type(root.grad_fn).__name__} of shape {tuple(root.shape)}", *where]
+            )
             return held(
-                name,
-                f"a live autograd graph holds it: that of a tensor of shape {shape} ({what}), "
-                "which waits for its backward",
+                name, f"a live autograd graph holds it ({what}), and waits for its backward"
             )
         # One reference is the object's own, one more the gradient node of a graph that has run.
         if count > 2 or not _has_gradient_node(tensor):
