@@ -31,7 +31,8 @@ from neuroexapt.capture import Call, TensorRef
 from neuroexapt.couple import Expr, Leaf, Product, Sum, source_index, unit_of
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis, find
-from neuroexapt.couple.site import RULES, Dims, Draft, Label, Rule, Site
+from neuroexapt.couple.marks import Dims, Label
+from neuroexapt.couple.site import RULES, Draft, Rule, Site
 from neuroexapt.couple.solve import couple
 
 _UNITS = 4  # positions of an axis that are tried one by one

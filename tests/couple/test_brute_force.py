@@ -12,7 +12,8 @@ from torch import nn
 
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import RULES, Dims, Rule, Site
+from neuroexapt.couple.marks import Dims
+from neuroexapt.couple.site import RULES, Rule, Site
 from tests.couple.brute_force import RealCall, complaints, real_calls
 from tests.couple.direct_calls import ELSEWHERE, direct_calls
 from tests.couple.drawn import call, w, x

@@ -15,7 +15,8 @@ from neuroexapt import AxisMap
 from neuroexapt.capture import Call, TensorRef
 from neuroexapt.couple import Expr, Leaf
 from neuroexapt.couple.axis import Axis, find
-from neuroexapt.couple.site import RULES, Draft, Label, Site
+from neuroexapt.couple.marks import Label
+from neuroexapt.couple.site import RULES, Draft, Site
 from tests.couple.recurrent import BATCH, FEATURES, STEPS, Tagger, in_parts, steps
 
 # Without oneDNN's support torch says so once a process.

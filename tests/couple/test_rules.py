@@ -13,7 +13,8 @@ from neuroexapt import map_axes
 from neuroexapt.capture import Call, TensorRef
 from neuroexapt.couple import AxisMap, Sum
 from neuroexapt.couple.axis import Axis, find
-from neuroexapt.couple.site import RULES, Dims, Draft, Label, Site
+from neuroexapt.couple.marks import Dims, Label
+from neuroexapt.couple.site import RULES, Draft, Site
 from tests.couple.dead_units import TOLERANCE, worst_difference
 from tests.couple.direct_calls import direct_calls
 from tests.couple.operators import ROWS, Row

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuroexapt import InsertConv, InsertResidual, RemoveLayer, apply, map_axes, transaction
+from neuroexapt import (
+    InsertConv,
+    InsertResidual,
+    RemoveLayer,
+    Widen,
+    apply,
+    map_axes,
+    transaction,
+)
 from neuroexapt.errors import EditError, UnknownPlaceError
 from neuroexapt.testing import changes, snapshot
 from tests import zoo
@@ -342,6 +350,16 @@ def test_refusals_say_why(model: nn.Module, at: str, seen: str, step: str) -> No
     (problem,) = RemoveLayer(at).check(map_axes(model, (X,)))
     assert seen in problem.seen
     assert step in problem.next_step
+
+
+def test_an_inserted_layer_that_changed_its_width_stays() -> None:
+    """Nothing could take its place: the layers behind it read another number of channels."""
+    x = torch.randn(2, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    apply(model, InsertConv("0", mode="identity"), (x,))
+    apply(model, Widen("0.nx_then.0.out", by=2), (x,))
+    (problem,) = RemoveLayer("0.nx_then").check(map_axes(model, (x,)))
+    assert "(2, 4, 4, 4) and an output of shape (2, 6, 4, 4)" in problem.seen
 
 
 class Reader(nn.Module):

@@ -207,6 +207,37 @@ def test_a_fresh_post_norm_stream_grows_and_its_new_units_differ() -> None:
     assert not torch.allclose(rows[0], rows[1])
 
 
+class BesideNorm(nn.Module):
+    """A pre-norm stream that is read through its norm and without it; the head is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(8, 12, bias=False), nn.LayerNorm(12)
+        self.normed, self.raw = nn.Linear(12, 12), nn.Linear(12, 5)
+        self.back = nn.Linear(5, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.normed(self.norm(x)) + self.back(self.raw(x).tanh())
+        return self.norm(x) @ self.embed.weight
+
+
+@pytest.mark.parametrize("by", [1, 3])
+def test_a_reader_without_the_norm_meets_new_entries_as_their_mean(by: int) -> None:
+    """Its columns add up to nothing; behind the norm new entries are gone, and any column does."""
+    torch.manual_seed(0)
+    model = trained(BesideNorm().double())
+    before = outputs(model)
+    axes = map_axes(model, (X,))
+    width = axes.widths["normed.out"]
+    behind = {p.tensor: p.behind_norm for p in width.appearances if "consumer" in p.roles}
+    assert behind["normed.weight"]
+    assert not behind["raw.weight"]
+    apply(model, Widen(width.name, by=by), (X,))
+    assert float((outputs(model) - before).abs().max()) <= 1e-10 * float(before.abs().max())
+    assert float(model.raw.weight[:, 12:].sum(1).abs().max()) <= 1e-12
+
+
 def test_a_pattern_leaves_what_cannot_grow_and_names_it() -> None:
     """The description says which widths stay, and why."""
     model = nn.Sequential(

@@ -10,7 +10,8 @@ from torch import nn
 
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis, Mismatch
-from neuroexapt.couple.site import Bind, Draft
+from neuroexapt.couple.marks import Bind
+from neuroexapt.couple.site import Draft
 
 
 def tie_attention(model: nn.Module, draft: Draft) -> None:

@@ -69,6 +69,14 @@ def atoms(axis: Axis) -> Iterator[Axis]:
         rest.extend(reversed(axis.parts))
 
 
+def share(a: Axis, b: Axis) -> bool:
+    """Whether two axes have an atom in common."""
+    if find(a) is find(b):
+        return True
+    own = set(atoms(a))
+    return any(atom in own for atom in atoms(b))
+
+
 def pin(axis: Axis, reason: str) -> None:
     """Freeze every atom of the axis; the first reason given is kept."""
     for atom in list(atoms(axis)):

@@ -25,6 +25,8 @@ class Appearance:
             produces and consumes.
         fill: what a new entry of an elementwise tensor holds: ``"zero"``, ``"one"``, ``"mean"``.
         reads: for a consumer, the parameter dimensions (name, dim) that made what it reads.
+        behind_norm: for a consumer, whether all that it reads comes out of a layer norm, which
+            takes the mean off new entries that were made as the mean of their siblings.
     """
 
     tensor: str
@@ -32,6 +34,7 @@ class Appearance:
     roles: frozenset[str]
     fill: str
     reads: frozenset[tuple[str, int]] = frozenset()
+    behind_norm: bool = False
 
     @property
     def role(self) -> str:

@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
-from neuroexapt.couple.axis import Axis, find
-from neuroexapt.couple.site import KEPT, LOST, POSTED, Dims, Draft, Entry, Mix, Site
+from neuroexapt.couple.axis import Axis, share
+from neuroexapt.couple.marks import KEPT, LOST, POSTED, Dims, Entry, Mix, joined
+from neuroexapt.couple.site import Site
 
 _LINEAR = {
     "add", "sub", "neg", "clone", "detach", "alias", "_to_copy", "copy", "lift_fresh", "contiguous",
@@ -53,26 +54,7 @@ def follow(site: Site, outputs: Iterable[tuple[TensorRef, Dims]]) -> None:
 
 def met(site: Site, mix: Mix) -> Mix:
     """The mix with the state in which new entries of its axis reach it."""
-    data = [ref for ref in site.call.inputs if not site.is_weight(ref)]
-    return replace(mix, entry=joined(entry_of(site.draft, ref, mix.axis) for ref in data))
-
-
-def entry_of(draft: Draft, ref: TensorRef, axis: Axis) -> Entry:
-    """The state of the dimensions of a tensor that share an atom with an axis."""
-    states = draft.entries.get(ref)
-    if states is None:
-        return Entry()
-    return joined(
-        state for own, state in zip(draft.dims[ref], states, strict=True) if _share(own, axis)
-    )
-
-
-def joined(states: Iterable[Entry]) -> Entry:
-    """What is left where several tensors are added up."""
-    found = list(states)
-    return Entry(
-        max((state.mean for state in found), default=KEPT), all(state.zero for state in found)
-    )
+    return replace(mix, entry=site.entry(mix.axis))
 
 
 def _after(site: Site, op: str, axis: Axis) -> Entry:
@@ -82,7 +64,7 @@ def _after(site: Site, op: str, axis: Axis) -> Entry:
     given = [ref for ref in site.call.inputs if ref not in site.draft.chance]
     sharing = [ref for ref in given if _has(site, ref, axis)]
     data = [ref for ref in sharing if not site.is_weight(ref)]
-    before = joined(entry_of(site.draft, ref, axis) for ref in data)
+    before = joined(site.entry_of(ref, axis) for ref in data)
     if not sharing and op in _REPEATING:
         return Entry(KEPT, zero=False)  # one more copy of what the others hold
     if op in _FACTORS:
@@ -90,7 +72,7 @@ def _after(site: Site, op: str, axis: Axis) -> Entry:
         return Entry(LOST if len(sharing) > 1 else before.mean, _any_zero(site, data, axis))
     if op in _LINEAR:
         shifted = op in ("add", "sub") and not isinstance(site.arg(1, "other"), TensorRef)
-        return Entry(before.mean, before.zero and not shifted)
+        return Entry(before.mean, before.zero and not shifted, before.taken and sharing == data)
     if op in _CONTRACTIONS:
         return Entry(LOST if len(data) > 1 else before.mean, _any_zero(site, data, axis))
     if "scaled_dot_product" in op:
@@ -98,7 +80,8 @@ def _after(site: Site, op: str, axis: Axis) -> Entry:
     if op == "convolution":
         return Entry(LOST if data else KEPT, before.zero)
     if op in _LAYER_NORMS:
-        return Entry(max(before.mean, POSTED), site.arg(3, "bias") is None and before.zero)
+        zero = site.arg(3, "bias") is None and before.zero
+        return Entry(max(before.mean, POSTED), zero, taken=before.mean == KEPT)
     return Entry(LOST, before.zero and op in _KEEP_ZERO)
 
 
@@ -108,21 +91,14 @@ def _attended(site: Site, data: list[TensorRef], axis: Axis) -> Entry:
     own = {atom for part in site.dims(value) for atom in algebra.atoms(part)}
     if not own.issuperset(atom for atom in algebra.atoms(axis) if not atom.pin):
         return Entry(LOST, zero=False)  # query heads that share one value
-    state = entry_of(site.draft, value, axis)
+    state = site.entry_of(value, axis)
     return Entry(LOST if len(data) > 1 else state.mean, state.zero)
 
 
 def _any_zero(site: Site, data: list[TensorRef], axis: Axis) -> bool:
     """Nothing times anything is nothing."""
-    return any(entry_of(site.draft, ref, axis).zero for ref in data) or not data
+    return any(site.entry_of(ref, axis).zero for ref in data) or not data
 
 
 def _has(site: Site, ref: TensorRef, axis: Axis) -> bool:
-    return any(_share(own, axis) for own in site.dims(ref))
-
-
-def _share(a: Axis, b: Axis) -> bool:
-    if find(a) is find(b):
-        return True
-    atoms = set(algebra.atoms(a))
-    return any(atom in atoms for atom in algebra.atoms(b))
+    return any(share(own, axis) for own in site.dims(ref))

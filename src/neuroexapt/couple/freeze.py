@@ -20,7 +20,8 @@ from neuroexapt.couple.axismap import (
     Width,
 )
 from neuroexapt.couple.index import Expr, Leaf, Product, Sum
-from neuroexapt.couple.site import KEPT, LOST, POSTED, Bind, Dims, Draft, Join, Label, Mark, Mix
+from neuroexapt.couple.marks import KEPT, LOST, POSTED, Bind, Dims, Join, Label, Mark, Mix
+from neuroexapt.couple.site import Draft
 
 # Attributes that repeat a whole channel count say nothing that ".out" does not.
 _PLAIN = {"in_channels", "out_channels", "in_features", "out_features", "num_features"} | {
@@ -174,7 +175,9 @@ def _appearances(draft: Draft) -> dict[Axis, list[Appearance]]:
                 roles = frozenset(mark.role for mark in marks) or frozenset(["elementwise"])
                 fill = marks[0].fill if marks else "one" if is_mask(name) else "mean"
                 reads = frozenset((label.name, label.dim) for m in marks for label in m.reads)
-                found.setdefault(atom, []).append(Appearance(name, dim, roles, fill, reads))
+                read = [m.entry.taken for m in marks if m.role == "consumer"]
+                place = Appearance(name, dim, roles, fill, reads, bool(read) and all(read))
+                found.setdefault(atom, []).append(place)
     return found
 
 

@@ -21,7 +21,8 @@ from neuroexapt.capture import Call, RunFailure, Trace, capture
 from neuroexapt.capture.attributes import Attribute
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis, find
-from neuroexapt.couple.site import Bind, Draft
+from neuroexapt.couple.marks import Bind
+from neuroexapt.couple.site import Draft
 from neuroexapt.couple.solve import call_axes
 
 _MOST_RUNS = 150

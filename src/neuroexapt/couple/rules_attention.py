@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
-from neuroexapt.couple.site import Dims, Label, Site, place_of, rule
+from neuroexapt.couple.marks import Dims, Label
+from neuroexapt.couple.site import Site, place_of, rule
 
 
 @rule(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Site, rule
+from neuroexapt.couple.marks import Dims
+from neuroexapt.couple.site import Site, rule
 
 _PAIR = "the real and the imaginary part"
 

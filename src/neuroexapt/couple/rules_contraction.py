@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Site, place_of, rule
+from neuroexapt.couple.marks import Dims
+from neuroexapt.couple.site import Site, place_of, rule
 
 
 def _product(site: Site, left: TensorRef, right: TensorRef, batch: int) -> Dims:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from neuroexapt.couple.marks import Dims
 from neuroexapt.couple.rules_pointwise import pointwise
-from neuroexapt.couple.site import Dims, Site, rule
+from neuroexapt.couple.site import Site, rule
 
 
 @rule(

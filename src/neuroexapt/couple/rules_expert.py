@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from neuroexapt.couple.site import Dims, Site, rule
+from neuroexapt.couple.marks import Dims
+from neuroexapt.couple.site import Site, rule
 
 _GROUPS = "rows go to the experts by their order"
 _ALIGNMENT = 16  # bytes: what the kernel asks of every row

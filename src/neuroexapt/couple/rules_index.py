@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from neuroexapt.capture import TensorRef
+from neuroexapt.couple.marks import Dims, Label
 from neuroexapt.couple.numbering import indexed
 from neuroexapt.couple.rules_pointwise import broadcast
-from neuroexapt.couple.site import Dims, Label, Site, rule
+from neuroexapt.couple.site import Site, rule
 
 _BY_NUMBER = "positions taken by an index tensor"
 _MASKS = (torch.bool, torch.uint8)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from neuroexapt.couple.axis import Axis
+from neuroexapt.couple.marks import Dims
 from neuroexapt.couple.rules_pointwise import broadcast
-from neuroexapt.couple.site import Dims, Site, rule
+from neuroexapt.couple.site import Site, rule
 
 
 @rule(

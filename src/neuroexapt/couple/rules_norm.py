@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Site, rule
+from neuroexapt.couple.marks import Dims
+from neuroexapt.couple.site import Site, rule
 
 BATCH_NORM_FILLS = ("one", "zero", "zero", "one")  # weight, bias, running mean, running var
 

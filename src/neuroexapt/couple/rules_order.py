@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from neuroexapt.capture import TensorRef
+from neuroexapt.couple.marks import Dims
 from neuroexapt.couple.numbering import counted
-from neuroexapt.couple.site import Dims, Site, rule
+from neuroexapt.couple.site import Site, rule
 
 
 @rule("aten.roll", "aten.flip", "aten.rot90")

@@ -8,7 +8,8 @@ from typing import Any
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Label, Pick, Site, rule
+from neuroexapt.couple.marks import Dims, Label, Pick
+from neuroexapt.couple.site import Site, rule
 
 Origin = frozenset[Label]
 EQUAL_PARTS = (2, 3, 4)  # a slice that is one of so few equal parts is taken as such

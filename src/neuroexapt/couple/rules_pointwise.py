@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Label, Site, rule
+from neuroexapt.couple.marks import Dims, Label
+from neuroexapt.couple.site import Site, rule
 
 ADDITIVE = {"aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.rsub"}
 SQUARES = {"aten.mul", "aten.pow", "aten.square"}

@@ -14,7 +14,8 @@ from torch import nn
 from neuroexapt.capture import TensorRef, refs_in
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Draft, Label, Site, place_of, rule
+from neuroexapt.couple.marks import Dims, Label
+from neuroexapt.couple.site import Draft, Site, place_of, rule
 
 _GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 _BY_NUMBER = ("rnn", "rnn", "lstm", "gru")  # as kernels name them: ReLU, tanh, LSTM, GRU

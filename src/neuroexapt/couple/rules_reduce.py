@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
-from neuroexapt.couple.site import Dims, Site, rule
+from neuroexapt.couple.marks import Dims
+from neuroexapt.couple.site import Site, rule
 
 # Operators whose output, the last one, holds the number of a position.
 _NUMBERING = ("argmax", "argmin", "max", "min", "median", "nanmedian", "mode", "kthvalue")

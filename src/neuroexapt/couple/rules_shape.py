@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from neuroexapt.capture import TensorRef, refs_in
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Join, Label, Site, place_of, rule
+from neuroexapt.couple.marks import Dims, Join, Label
+from neuroexapt.couple.site import Site, place_of, rule
 
 Origin = frozenset[Label]
 

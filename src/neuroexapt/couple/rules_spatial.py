@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
-from neuroexapt.couple.site import Dims, Site, rule
+from neuroexapt.couple.marks import Dims
+from neuroexapt.couple.site import Site, rule
 
 POOLING = (
     "_adaptive_avg_pool2d",

@@ -9,7 +9,8 @@ from math import prod
 from neuroexapt.capture import TensorRef, refs_in
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Dims, Site, rule
+from neuroexapt.couple.marks import Dims
+from neuroexapt.couple.site import Site, rule
 
 Step = tuple[int, int]  # the size and the stride of a dimension
 

@@ -15,8 +15,8 @@ from math import isclose, prod
 from neuroexapt.capture import Call
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis, find
+from neuroexapt.couple.marks import Mix
 from neuroexapt.couple.probe import Prober, predicted
-from neuroexapt.couple.site import Mix
 
 _POWERS = (-0.5, 0.5, -1.0, 1.0, -0.25, 0.25)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from neuroexapt.capture import TensorRef
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis
-from neuroexapt.couple.site import Label, Site
+from neuroexapt.couple.marks import Label
+from neuroexapt.couple.site import Site
 
 # Zero where every operand is zero.
 _KEEPS = {

@@ -15,9 +15,9 @@ import torch
 
 from neuroexapt.capture import Call, TensorRef
 from neuroexapt.couple import axis as algebra
-from neuroexapt.couple.axis import Axis
+from neuroexapt.couple.axis import Axis, share
+from neuroexapt.couple.marks import Bind, Dims, Entry, Label, Labels, Mark, Mix, joined
 
-Dims = tuple[Axis, ...]
 Rule = Callable[["Site"], Sequence[Sequence[Axis]]]
 Said = TypeVar("Said", bound=Rule)
 
@@ -45,106 +45,6 @@ def rule(*ops: str) -> Callable[[Said], Said]:
         return function
 
     return register
-
-
-@dataclass(frozen=True)
-class Pick:
-    """Only positions start..stop of an axis go on (the query part of a fused qkv, say)."""
-
-    axis: Axis
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Join:
-    """The positions become a segment of a longer axis, from ``start`` on (``size`` of them)."""
-
-    axis: Axis
-    start: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Label:
-    """One dimension of one parameter from which a tensor dimension was made.
-
-    ``steps`` say what became of its positions on the way, in order. ``muted``: zeros in the
-    parameter are no zeros here any more.
-    """
-
-    name: str
-    dim: int
-    steps: tuple[Pick | Join, ...] = ()
-    muted: bool = False
-
-    def then(self, step: Pick | Join) -> Label:
-        """The label after one more step."""
-        return replace(self, steps=(*self.steps, step))
-
-    def mute(self) -> Label:
-        """The label where zeros in the parameter do not show as zeros."""
-        return replace(self, muted=True)
-
-
-Labels = tuple[frozenset[Label], ...]
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A role that a parameter dimension plays in a call.
-
-    ``role`` is ``"producer"``, ``"consumer"`` or ``"elementwise"``; ``fill`` says what a new
-    entry of an elementwise tensor holds: ``"zero"``, ``"one"`` or ``"mean"`` of its siblings.
-    ``reads`` are the parameter dimensions from which what a consumer reads was made.
-    """
-
-    label: Label
-    axis: Axis
-    role: str
-    fill: str
-    reads: frozenset[Label] = frozenset()
-
-
-# How the mean of the siblings fares: kept, kept where a norm's scale is even, or lost.
-KEPT, POSTED, LOST = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Entry:
-    """New entries along one dimension of a tensor: is their mean kept, and is a zero a zero."""
-
-    mean: int = KEPT
-    zero: bool = True
-
-
-@dataclass(frozen=True)
-class Mix:
-    """An operator that mixes over an axis, so that its size or a new entry changes others.
-
-    ``makers`` are the parameter dimensions that the mixed tensor's axis stems from, ``entry`` is
-    what new entries have become when they are mixed.
-    ``data`` holds what a mutation needs to keep the function (names of the norm's weight and
-    bias, the labels of both sides of a dot product).
-    """
-
-    axis: Axis
-    kind: str
-    module: str
-    place: str
-    data: Mapping[str, Any]
-    makers: frozenset[Label] = frozenset()
-    entry: Entry = field(default_factory=Entry)
-
-
-@dataclass(frozen=True)
-class Bind:
-    """A module attribute that repeats the sizes of these axes (one: an int; more: a tuple)."""
-
-    module: str
-    attribute: str
-    axes: Dims
-    is_tuple: bool = False
 
 
 @dataclass
@@ -308,11 +208,12 @@ class Site:
         """Say what the parameters behind a dimension, or behind a part of it, do in this call."""
         axis = part or self.axis(ref, dim)
         reads = self._makers(axis) if role == "consumer" else frozenset[Label]()
+        entry = self.entry(axis) if role == "consumer" else Entry()
         for label in self.labels(ref)[dim]:
             if label.muted and role == "consumer":  # nothing is silenced by zeros in it
-                self.draft.marks[Mark(label, axis, "elementwise", "mean", reads)] = None
+                self.draft.marks[Mark(label, axis, "elementwise", "mean", reads, entry)] = None
             else:
-                self.draft.marks[Mark(label, axis, role, fill, reads)] = None
+                self.draft.marks[Mark(label, axis, role, fill, reads, entry)] = None
 
     def setting(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema, else the schema's default."""
@@ -329,6 +230,19 @@ class Site:
         """Say that this call mixes over the axis."""
         mix = Mix(axis, kind, self.call.module, self.call.place, data, self._makers(axis))
         self.draft.mixes.append(mix)
+
+    def entry(self, axis: Axis) -> Entry:
+        """What new entries of an axis have become in what this call reads."""
+        data = [ref for ref in self.call.inputs if not self.is_weight(ref)]
+        return joined(self.entry_of(ref, axis) for ref in data)
+
+    def entry_of(self, ref: TensorRef, axis: Axis) -> Entry:
+        """What new entries have become along the dimensions of a tensor that share an atom."""
+        states = self.draft.entries.get(ref)
+        if states is None:
+            return Entry()
+        pairs = zip(self.dims(ref), states, strict=True)
+        return joined(state for own, state in pairs if share(own, axis))
 
     def _makers(self, axis: Axis) -> frozenset[Label]:
         """The parameter dimensions from which this axis of the call's activations stems."""

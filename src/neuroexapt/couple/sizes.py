@@ -19,7 +19,8 @@ from neuroexapt.capture.attributes import Attribute
 from neuroexapt.capture.trace import Combined, OfAttribute, OfSize, Origin
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis, Mismatch, find
-from neuroexapt.couple.site import Bind, Draft
+from neuroexapt.couple.marks import Bind
+from neuroexapt.couple.site import Draft
 
 # A size as a sum of products of atoms; atoms that keep their size count as numbers.
 Polynomial: TypeAlias = dict[tuple[Axis, ...], int]

@@ -35,9 +35,10 @@ from neuroexapt.couple import (
     rules_view,
 )
 from neuroexapt.couple.axis import Axis
+from neuroexapt.couple.marks import Bind, Dims, Label, Labels
 from neuroexapt.couple.numbering import follow_numbers
 from neuroexapt.couple.silence import follow_silence
-from neuroexapt.couple.site import RULES, Bind, Dims, Draft, Label, Labels, Site, place_of
+from neuroexapt.couple.site import RULES, Draft, Site, place_of
 
 # Importing a family registers its rules.
 FAMILIES = (

@@ -23,7 +23,7 @@ from neuroexapt.edit.absorb import (
 )
 from neuroexapt.edit.base import Edit
 from neuroexapt.edit.doors import ROOT
-from neuroexapt.edit.graft import HOLD, PASS, is_branch
+from neuroexapt.edit.graft import HOLD, NEXT, PASS, THEN, is_branch
 from neuroexapt.edit.passage import Nothing, PassSpec, held, passage_of
 from neuroexapt.edit.patch import AttributeEdit, Patch, Removal, Rewrite
 from neuroexapt.errors import EditError
@@ -276,6 +276,22 @@ def _check_inserted(axes: AxisMap, path: str, name: str) -> None:
             if name.startswith(PASS)
             else "remove the skip's end, the nx_join that belongs to it",
         )
+    if name.startswith((THEN, NEXT)):
+        _check_same_shape(axes, path)
+
+
+def _check_same_shape(axes: AxisMap, path: str) -> None:
+    """Without what stands in a row, what went into it comes out: readers know another size."""
+    for trace in axes.traces:
+        for run in trace.runs:
+            shapes = [tuple(ref.shape) for ref in (*run.inputs[:1], *run.outputs[:1])]
+            if run.path == path and shapes[0] != shapes[-1]:
+                raise EditError(
+                    path,
+                    seen=f"an input of shape {shapes[0]} and an output of shape {shapes[-1]}",
+                    needed="one shape: the layers behind it would read its input",
+                    next_step="bring both widths to one size first (Narrow or Widen)",
+                )
 
 
 def _check_held(axes: AxisMap, path: str) -> None:

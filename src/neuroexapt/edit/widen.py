@@ -294,7 +294,7 @@ def _fill_beside_norms(width: Width, place: Appearance, kinds: set[str]) -> str:
     made = {maker for m in width.mixers if m.kind in _NORMS for maker in m.makers}
     streams = {read for read in place.reads if read[0] not in weights | biases}
     if place.roles == {"consumer"} and streams <= made:
-        return _reader_fill(width)
+        return _reader_fill(width, met_as_mean=centre == "mean" and not place.behind_norm)
     # Tied to the normalised axis in size only (the heads behind it, say): no need for a centre.
     return centre if (place.tensor, place.dim) in made else _plain_fill(place)
 
@@ -306,13 +306,13 @@ def _shift_fill(width: Width) -> str:
     return "spark" if _sparks(width) else "zero"
 
 
-def _reader_fill(width: Width) -> str:
+def _reader_fill(width: Width, *, met_as_mean: bool) -> str:
     """Where new entries are exactly zero, readers may be random: were both zero, none would move.
 
-    Where all new entries are equal (the centre of a norm whose output is normalised again),
-    columns that add up to nothing keep silent and still tell the new units apart.
+    Where all new entries are equal (the mean, read before a norm takes it off or behind one whose
+    output is normalised again), columns that add up to nothing are silent and tell units apart.
     """
-    if _feeds_itself(width):
+    if met_as_mean or _feeds_itself(width):
         return "balanced"
     return "zero" if _sparks(width) else "random"
 
