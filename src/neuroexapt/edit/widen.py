@@ -382,11 +382,10 @@ def _epsilons(axes: AxisMap, steps: Sequence[WidthStep]) -> list[AttributeEdit]:
     values: dict[tuple[str, str], float] = {}
     for step in steps:
         shrink = axes.widths[step.width].size / len(step.positions)
-        for mixer in axes.widths[step.width].mixers:
-            if mixer.kind in _NORMS and mixer.eps_attribute:
-                # Two widths of one norm (heads and their size) shrink it one after the other.
-                held = mixer.module, mixer.eps_attribute
-                values[held] = values.get(held, mixer.eps) * shrink
+        norms = [m for m in axes.widths[step.width].mixers if m.kind in _NORMS and m.eps_attribute]
+        # A norm that is called twice shrinks once; for two widths (heads and their size) twice.
+        for held, eps in {(m.module, m.eps_attribute): m.eps for m in norms}.items():
+            values[held] = values.get(held, eps) * shrink
     return [AttributeEdit(module, name, value) for (module, name), value in values.items()]
 
 
