@@ -331,24 +331,3 @@ def standardized(acts_NC: Tensor) -> tuple[Tensor, Tensor]:
     shape_NC = centred_NC / largest_C
     spread_C = shape_NC.square().mean(0).sqrt().where(alive_C, 1.0)
     return (shape_NC / spread_C).where(alive_C, 0.0), alive_C
-
-
-def jackknife(
-    statistic: Callable[[Tensor], float], rows_NC: Tensor, *, blocks: int = 8
-) -> float | None:
-    """Estimate the standard error of a statistic by leaving out one block of rows at a time.
-
-    Blocks are contiguous, so rows of the same sample (positions of an image) mostly fall together.
-    None when a block would have fewer than two rows. Tukey 1958; Kuensch 1989 for blocks.
-
-    Example:
-        >>> rows_NC = torch.arange(32.0).reshape(32, 1)
-        >>> round(jackknife(lambda rows: float(rows.mean()), rows_NC), 3)
-        3.464
-    """
-    if rows_NC.shape[0] < 2 * blocks:
-        return None
-    parts = rows_NC.tensor_split(blocks)
-    left_out = [torch.cat([*parts[:skip], *parts[skip + 1 :]]) for skip in range(blocks)]
-    values = torch.tensor([statistic(rows) for rows in left_out], dtype=torch.float64)
-    return float(((blocks - 1) * (values - values.mean()).square().mean()).sqrt())

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from neuroexapt.errors import MeasureError
-from neuroexapt.measure.base import Reading, finite_matrix, jackknife, standardized
+from neuroexapt.measure.base import Reading, finite_matrix, standardized
+from neuroexapt.measure.jackknife import corrected, jackknife
 
 
 def effective_rank(acts_NC: Tensor) -> float:
@@ -41,6 +42,36 @@ def effective_rank(acts_NC: Tensor) -> float:
     shares = torch.linalg.eigvalsh(gram).clamp(min=0)
     shares = shares / shares.sum()
     return float(torch.exp(torch.special.entr(shares).sum()))
+
+
+def participation_ratio(acts_NC: Tensor) -> float:
+    """Number of directions that carry the correlations: 1 (all alike) to C (all different).
+
+    (tr R)^2 / tr R^2 for the correlation matrix R of the units that are not constant, with the
+    chance part of each squared correlation, (1 - r^2) / (N - 2), taken off; at most C.
+
+    Invariant: unchanged when a unit is scaled, shifted or has its sign flipped.
+    Bias: small against the error from N of about C; it gives quiet directions less weight than
+    `effective_rank` does, so noise on copies moves it less.
+
+    Raises:
+        MeasureError: fewer than four rows, or values not finite.
+
+    Example:
+        >>> signals_NC = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+        >>> round(participation_ratio(signals_NC.repeat(1, 3)), 2)
+        2.0
+
+    Gao et al. 2017 for the ratio.
+    """
+    z_NC, alive_C = standardized(finite_matrix(acts_NC, "participation_ratio", rows=4))
+    z_NC = z_NC[:, alive_C]
+    rows, width = z_NC.shape
+    if width == 0:
+        return 0.0
+    square_CC = (z_NC.T @ z_NC / rows).square().clamp(max=1)
+    total = float((square_CC - (1 - square_CC) / (rows - 2)).sum())
+    return width**2 / max(total, float(width))
 
 
 def dead_units(acts_NC: Tensor) -> tuple[int, ...]:
@@ -98,6 +129,38 @@ def read_effective_rank(acts_NC: Tensor, at: str) -> Reading:
     """
     value, error = effective_rank(acts_NC), jackknife(effective_rank, acts_NC)
     return Reading("effective_rank", at, value, "units", error, acts_NC.shape[0])
+
+
+def read_saturation(acts_NC: Tensor, at: str) -> Reading:
+    """`effective_rank` over the width, less its bias of order 1/N, as a reading.
+
+    1 where every unit adds a direction: the width is full, and may be what holds the model back.
+    Its error is a jackknife over 16 blocks of rows.
+
+    Example:
+        >>> signals_NC = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+        >>> round(read_saturation(signals_NC.repeat(1, 2), "fc1").value, 2)
+        0.5
+    """
+    width = acts_NC.shape[1]
+    value, error = corrected(lambda rows_NC: effective_rank(rows_NC) / width, acts_NC)
+    return Reading("saturation", at, value, "share of width", error, acts_NC.shape[0])
+
+
+def read_participation_ratio(acts_NC: Tensor, at: str) -> Reading:
+    """`participation_ratio` over the width as a reading, its error by jackknife.
+
+    Example:
+        >>> read_participation_ratio(torch.randn(64, 1).repeat(1, 2), "fc1").value
+        0.5
+    """
+    width = acts_NC.shape[1]
+
+    def share(rows_NC: Tensor) -> float:
+        return participation_ratio(rows_NC) / width
+
+    error = jackknife(share, acts_NC, blocks=16)
+    return Reading("participation_ratio", at, share(acts_NC), "share of width", error, len(acts_NC))
 
 
 def read_dead_units(acts_NC: Tensor, at: str) -> Reading:

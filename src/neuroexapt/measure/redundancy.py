@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from neuroexapt.errors import MeasureError
-from neuroexapt.measure.base import Reading, finite_matrix, jackknife, standardized
+from neuroexapt.measure.base import Reading, finite_matrix, standardized
+from neuroexapt.measure.jackknife import jackknife
 
 
 def unit_redundancy(acts_NC: Tensor, *, ridge: float = 1e-3) -> Tensor:
