@@ -12,6 +12,7 @@
     +-- MeasureError        a signal cannot be computed from what it was given
     +-- SettingsError       a setting of the evolver or of the budget is out of range
     +-- RecordError         a journal or report cannot be read or written
+        +-- CheckpointError     a checkpoint cannot be written, read, or does not fit the model
 
 Every message names the place, the value seen, the value needed and the next step.
 """
@@ -85,3 +86,7 @@ class SettingsError(NeuroExaptError):
 
 class RecordError(NeuroExaptError):
     """A journal or report cannot be read or written."""
+
+
+class CheckpointError(RecordError):
+    """A checkpoint cannot be written, is damaged, or does not fit what the factory builds."""

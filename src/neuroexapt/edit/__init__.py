@@ -4,11 +4,13 @@ Read :mod:`neuroexapt.edit.base` (the contract), :mod:`neuroexapt.edit.patch` (w
 decides) and one edit, :mod:`neuroexapt.edit.narrow`. Nothing in this room writes on a model.
 """
 
-from neuroexapt.edit.attend import InsertAttention
+from neuroexapt.edit.attend import AttentionSpec, InsertAttention
 from neuroexapt.edit.base import Edit
 from neuroexapt.edit.bottleneck import ExpandBottleneck, Squeeze
 from neuroexapt.edit.branches import BranchSpec, Gate, Spec, build
 from neuroexapt.edit.capacity import IncreaseCapacity
+from neuroexapt.edit.copies import CopySpec
+from neuroexapt.edit.data import Reader, Writer
 from neuroexapt.edit.graft import (
     fitting_class,
     free_name,
@@ -16,10 +18,12 @@ from neuroexapt.edit.graft import (
     is_branch,
     original_class,
 )
+from neuroexapt.edit.hold import HoldSpec, JoinSpec
 from neuroexapt.edit.importance import unit_norms
-from neuroexapt.edit.insert import InsertConv
-from neuroexapt.edit.layer import InsertLayer
+from neuroexapt.edit.insert import ConvSpec, InsertConv
+from neuroexapt.edit.layer import InsertLayer, MlpSpec
 from neuroexapt.edit.narrow import Narrow
+from neuroexapt.edit.passage import PassSpec
 from neuroexapt.edit.patch import (
     AttributeEdit,
     Decay,
@@ -33,11 +37,11 @@ from neuroexapt.edit.patch import (
     Scaling,
     WidthStep,
 )
-from neuroexapt.edit.pool import InsertPool
+from neuroexapt.edit.pool import InsertPool, PoolSpec
 from neuroexapt.edit.prune import MakePermanent, PruneWeights
-from neuroexapt.edit.registry import kind_named, register, registered
+from neuroexapt.edit.registry import kind_named, register, registered, registered_specs
 from neuroexapt.edit.regrow import RegrowWeights
-from neuroexapt.edit.regularize import AddRegularization, StochasticDepth
+from neuroexapt.edit.regularize import AddRegularization, ChanceSpec, StochasticDepth
 from neuroexapt.edit.remove import RemoveLayer
 from neuroexapt.edit.residual import InsertResidual
 from neuroexapt.edit.resize import folded, resized
@@ -65,6 +69,7 @@ __all__ = [
     "Narrow",
     "Patch",
     "PruneWeights",
+    "Reader",
     "Refold",
     "RegrowWeights",
     "Removal",
@@ -76,6 +81,7 @@ __all__ = [
     "StochasticDepth",
     "Widen",
     "WidthStep",
+    "Writer",
     "build",
     "drop_fraction",
     "fitting_class",
@@ -87,6 +93,7 @@ __all__ = [
     "original_class",
     "register",
     "registered",
+    "registered_specs",
     "resized",
     "sparsity_at",
     "unit_norms",
@@ -95,3 +102,7 @@ __all__ = [
 for _kind in [k for k in list(globals().values()) if isinstance(k, type) and issubclass(k, Edit)]:
     if _kind is not Edit:
         register(_kind)
+_SPECS: tuple[type[Spec], ...] = (AttentionSpec, BranchSpec, ChanceSpec, ConvSpec, CopySpec)
+_SPECS += (HoldSpec, JoinSpec, MlpSpec, PassSpec, PoolSpec)
+for _spec in _SPECS:
+    register(_spec)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt.edit.branches import Gate, Spec
-from neuroexapt.edit.graft import fitting_class, is_branch
+from neuroexapt.edit.graft import LINEAGE, fitting_class, is_branch
 from neuroexapt.errors import EditError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -122,6 +122,8 @@ def _copied(model: nn.Module, path: str) -> nn.Module:
             next_step="copy a block without it, or make the edit before replacing it",
         )
     memo: dict[int, Any] = {id(held): held for held in _shared(model, inside)}
+    if torch.empty(0).is_meta:  # structure alone is asked for
+        memo.update((id(tensor), _bare(tensor)) for tensor in _tensors(inside))
     for module in inside:
         values = [*vars(module).values(), *module._buffers.values()]
         for value in values:
@@ -138,10 +140,25 @@ def _copied(model: nn.Module, path: str) -> nn.Module:
         ) from error
     for module in twin.modules():
         _drop_hooks(module)
+        vars(module).pop(LINEAGE, None)
     for name in [name for name in twin._modules if is_branch(name)]:
         del twin._modules[name]
     twin.__class__ = fitting_class(twin)
     return twin
+
+
+def _tensors(inside: list[nn.Module]) -> Iterator[Tensor]:
+    for module in inside:
+        for held in (*module._parameters.values(), *module._buffers.values()):
+            if held is not None:
+                yield held
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    new = torch.empty_like(tensor.detach(), device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    return new
 
 
 def _shared(model: nn.Module, inside: list[nn.Module]) -> Iterator[Any]:

@@ -31,6 +31,7 @@ from neuroexapt.edit.masked import masked_members, masked_names
 
 SKIP, AFTER, THEN, NEXT = "nx_skip", "nx_after", "nx_then", "nx_next"
 HOLD, JOIN, PASS = "nx_hold", "nx_join", "nx_pass"
+LINEAGE = "_nx_lineage"  # the attribute that remembers what was done to a model
 _ROLES = (SKIP, AFTER, THEN, NEXT, HOLD, JOIN, PASS)
 _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 

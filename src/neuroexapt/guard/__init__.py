@@ -3,7 +3,8 @@
 Read :mod:`neuroexapt.guard.ledger` (each write with its way back), then
 :mod:`neuroexapt.guard.transaction`; :mod:`neuroexapt.guard.trial` spans training steps.
 :mod:`neuroexapt.guard.memory` says beforehand what an edit needs, :mod:`neuroexapt.guard.leaks`
-afterwards what still holds the old memory.
+afterwards what still holds the old memory. :mod:`neuroexapt.guard.lineage` remembers what was done,
+and :mod:`neuroexapt.guard.redo` makes it again.
 """
 
 from neuroexapt.guard.copies import inner_copies

@@ -131,3 +131,9 @@ def _set_strengths(
         put_item(ledger, hooks, number, hook)
     elif not new and place is not None:
         drop_item(ledger, hooks, place)
+
+
+def decays_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, float]:
+    """The parameters with a decay of this kind, and its strength."""
+    hooks = [hook for hook in _hooks(optimizer).values() if isinstance(hook, DecoupledDecay)]
+    return {p: strength for hook in hooks for p, strength in hook.strengths.items()}

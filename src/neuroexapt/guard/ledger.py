@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,8 @@ from neuroexapt.capture.attributes import Attribute, read, write
 from neuroexapt.capture.interrupts import held_back
 from neuroexapt.errors import GuardError
 from neuroexapt.guard.holders import held
+
+Change = dict[str, Any]
 
 
 class Ledger:
@@ -31,6 +34,9 @@ class Ledger:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
+        self._changes: list[tuple[int, Change]] = []
+        # What the object of a replaced tensor held before its first replacement, by its id.
+        self.shadows: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._undo)
@@ -39,6 +45,14 @@ class Ledger:
         """Note the way back, then write."""
         self._undo.append(undo)
         write()
+
+    def note(self, change: Change) -> None:
+        """Say what the last write was, as data; see :mod:`neuroexapt.guard.lineage`."""
+        self._changes.append((len(self._undo), change))
+
+    def changes(self, since: int = 0) -> list[Change]:
+        """What was noted after the first ``since`` writes, and has not been taken back."""
+        return [change for at, change in self._changes if at > since]
 
     def note_first(self, undo: Callable[[], object]) -> None:
         """Note a way back that is walked last, after those of all writes so far."""
@@ -68,6 +82,7 @@ class Ledger:
             except RuntimeError as error:
                 failures.append(str(error))
             self._undo.pop()
+        self._changes = [(at, change) for at, change in self._changes if at <= to]
         if interruption is not None:
             raise interruption
         if failures:
@@ -81,6 +96,8 @@ class Ledger:
     def forget(self) -> None:
         """Accept every write; nothing keeps the old tensors alive any more."""
         self._undo.clear()
+        self._changes.clear()
+        self.shadows.clear()
 
 
 def swap(ledger: Ledger, tensor: Tensor, new: Tensor, name: str) -> None:
@@ -90,8 +107,11 @@ def swap(ledger: Ledger, tensor: Tensor, new: Tensor, name: str) -> None:
         GuardError: a live graph or a weak reference forbids it.
     """
     before = _content(tensor)
+    resized = {"tensor": name, "before": list(tensor.shape), "after": list(new.shape)}
 
     def undo() -> None:
+        if ledger.shadows.get(id(tensor)) is new:
+            del ledger.shadows[id(tensor)]
         if _content(tensor) == before:
             return
         try:
@@ -106,8 +126,11 @@ def swap(ledger: Ledger, tensor: Tensor, new: Tensor, name: str) -> None:
             torch.utils.swap_tensors(tensor, new)
         except RuntimeError as error:
             raise held(name, str(error).splitlines()[0]) from error
+        ledger.shadows.setdefault(id(tensor), new)
 
     ledger.do(write, undo)
+    if resized["before"] != resized["after"]:
+        ledger.note({"do": "resize", **resized})
 
 
 def _revived(shadow: Tensor) -> Tensor:
@@ -156,6 +179,9 @@ def set_attribute(ledger: Ledger, model: nn.Module, at: Attribute, value: object
     """Set an attribute of a module, or a number in a config or sequence that it holds."""
     old = read(model, at)
     ledger.do(lambda: write(model, at, value), lambda: write(model, at, old))
+    # A list that is written may be written into later on.
+    kept = copy.deepcopy(value) if isinstance(value, (list, dict)) else value
+    ledger.note({"do": "set", "module": at.module, "name": at.name, "value": kept})
 
 
 def set_class(ledger: Ledger, module: nn.Module, kind: type[nn.Module]) -> None:

@@ -48,6 +48,7 @@ def set_mask(
         elif f"{MASK}{name}" not in module._buffers:
             put_item(ledger, module._buffers, f"{MASK}{name}", mask)
         set_class(ledger, module, fitting_class(module))
+    ledger.note({"do": "mask", "tensor": masking.tensor, "on": masking.mask is not None})
 
 
 def held_mask(model: nn.Module, tensor: Tensor) -> Tensor | None:

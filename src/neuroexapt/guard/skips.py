@@ -19,7 +19,7 @@ def settle_skips(ledger: Ledger, model: nn.Module, place: str) -> None:
     """
     taken = {id(module.hold) for module in model.modules() if isinstance(module, Join)}
     begun: set[int] = set()
-    for module in list(model.modules()):
+    for path, module in list(model.named_modules()):
         for name, child in list(module._modules.items()):
             if not name.startswith(HOLD) or not isinstance(child, Hold):
                 continue
@@ -27,6 +27,7 @@ def settle_skips(ledger: Ledger, model: nn.Module, place: str) -> None:
             if id(child) not in taken:
                 drop_item(ledger, module._modules, name)
                 set_class(ledger, module, fitting_class(module))
+                ledger.note({"do": "drop", "module": f"{path}.{name}".lstrip(".")})
     if taken - begun:
         raise EditError(
             place,

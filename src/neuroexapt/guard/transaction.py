@@ -22,6 +22,7 @@ from neuroexapt.guard.config import Run, follow, owners
 from neuroexapt.guard.copies import inner_copies
 from neuroexapt.guard.holders import check_checkpoints
 from neuroexapt.guard.ledger import Ledger
+from neuroexapt.guard.lineage import remember
 from neuroexapt.guard.memory import activation_bytes, check_room, forecast
 from neuroexapt.guard.optimizer import check_optimizer
 from neuroexapt.guard.several import Optimizers, as_one
@@ -135,13 +136,17 @@ class Transaction:
         mark = len(self.ledger)
         try:
             write(self.ledger, self.model, self.optimizer, patch)
+            changes = self.ledger.changes(since=mark)
             breathe()
             check = partial(self._check_activations, axes.traces, edit)
             difference = verify(self.model, args, kwargs, before, patch, check)
             breathe()
             for copy in self.copies:
-                write(self.ledger, copy, None, _for_copy(edit, axes, patch, copy))
+                self._write_remembered(copy, None, _for_copy(edit, axes, patch, copy))
+            behind = len(self.ledger)
             notes = follow(self.ledger, self.model, configs, Run(args, kwargs, modes))
+            changes += self.ledger.changes(since=behind)
+            remember(self.ledger, self.model, patch, changes)
         except BaseException:
             self.ledger.roll_back(to=mark)
             raise
@@ -176,10 +181,17 @@ class Transaction:
         """
         mark = len(self.ledger)
         try:
-            write(self.ledger, self.model, self.optimizer, patch)
+            self._write_remembered(self.model, self.optimizer, patch)
         except BaseException:
             self.ledger.roll_back(to=mark)
             raise
+
+    def _write_remembered(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, patch: Patch
+    ) -> None:
+        mark = len(self.ledger)
+        write(self.ledger, model, optimizer, patch)
+        remember(self.ledger, model, patch, self.ledger.changes(since=mark))
 
     def reestimate(self, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[str, ...]:
         """Measure batch norm statistics anew, as a part of this transaction.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,9 @@ from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap
 from neuroexapt.edit import Edit
 from neuroexapt.errors import GuardError
+from neuroexapt.guard.by_name import Held, each, held_by
+from neuroexapt.guard.contents import Contents, contents
+from neuroexapt.guard.ledger import Ledger
 from neuroexapt.guard.several import Optimizers
 from neuroexapt.guard.statistics import LossFn
 from neuroexapt.guard.storing import Place, stored
@@ -58,6 +63,7 @@ class Trial:
         limit: int | None = None,
     ) -> None:
         self._transaction = Transaction(model, optimizer, copies=copies, memory=memory)
+        self._before: _Moment | None = None
         self._place, self._limit = place, limit
 
     @property
@@ -78,13 +84,37 @@ class Trial:
         Raises:
             GuardError: besides, the snapshot exceeds its limit; the edit is taken back.
         """
-        with held_back():  # an edit without its snapshot could not be taken back after training
-            first = not len(self._transaction.ledger)
-            before = _Moment(self._transaction) if first else None
-            done = self._transaction.apply(edit, args, kwargs, axes=axes)
-            if before is not None:
-                self._keep_the_rest(before)
-            return done
+        # Held back: an edit without its snapshot could not be taken back after training.
+        with held_back(), self._remembering():
+            return self._transaction.apply(edit, args, kwargs, axes=axes)
+
+    def again(self, write: Callable[[Ledger], object]) -> None:
+        """Begin as a trial that a checkpoint interrupted, with writes instead of an edit.
+
+        Args:
+            write: makes the edit's structure again, on the ledger it is given.
+        """
+        with held_back(), self._remembering():
+            mark = len(self._transaction.ledger)
+            try:
+                write(self._transaction.ledger)
+            except BaseException:
+                self._transaction.ledger.roll_back(to=mark)
+                raise
+
+    def before(self) -> Before | None:
+        """What a roll back would restore, by reference; None without an edit on trial."""
+        shadows = self._transaction.ledger.shadows
+        return None if self._before is None else self._before.contents(shadows)
+
+    @contextlib.contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """A block with an edit; in front of the first one the moment before is kept."""
+        before = None if len(self._transaction.ledger) else _Moment(self._transaction)
+        yield
+        if before is not None:
+            self._keep_the_rest(before)
+            self._before = before
 
     def reestimate(self, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[str, ...]:
         """Measure batch norm statistics anew, to be taken back with the trial.
@@ -105,6 +135,7 @@ class Trial:
 
     def keep(self) -> None:
         """End the trial with the edit; the snapshot and the old tensors are released."""
+        self._before = None
         self._transaction.commit()
 
     def roll_back(self) -> None:
@@ -113,6 +144,7 @@ class Trial:
         Gradients are dropped, being those of a model that no longer exists. Without an edit
         there is nothing to do.
         """
+        self._before = None
         self._transaction.roll_back()
 
     def _keep_the_rest(self, before: _Moment) -> None:
@@ -123,6 +155,14 @@ class Trial:
             self._transaction.roll_back()
             raise
         self._transaction.ledger.note_first(restore)
+
+
+@dataclass(frozen=True)
+class Before:
+    """A model, its copies and its optimizers as they were before a trial, by reference."""
+
+    models: tuple[Contents, ...]
+    optimizers: tuple[Held, ...]
 
 
 class _Moment:
@@ -143,6 +183,29 @@ class _Moment:
         self._state: dict[Tensor, dict[str, Any]] = {}
         if self._optimizer is not None:
             self._state.update(self._optimizer.state)
+        self._contents = [contents(model) for model in self._models]
+        self._held = [held_by(optimizer) for optimizer in each(self._optimizer)]
+        self._kept: dict[int, Tensor] = {}
+        self._kept_states: dict[Tensor, dict[str, tuple[Any, Tensor | None]]] = {}
+
+    def contents(self, shadows: Mapping[int, Tensor]) -> Before:
+        """Everything as it was: in copies, in what an edit put aside, or untouched."""
+        old = {**shadows, **self._kept}
+        models = [
+            replace(one, tensors={n: old.get(id(t), t) for n, t in one.tensors.items()})
+            for one in self._contents
+        ]
+        held = [
+            replace(one, state={p: self._old_state(p, s) for p, s in one.state.items()})
+            for one in self._held
+        ]
+        return Before(tuple(models), tuple(held))
+
+    def _old_state(self, parameter: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        kept = self._kept_states.get(parameter)
+        if kept is None:
+            return state
+        return {key: value if old is None else old for key, (value, old) in kept.items()}
 
     def way_back(self, place: Place, limit: int | None) -> partial[None]:
         """Copies of what the edit left as it was, and how to put them back.
@@ -159,6 +222,8 @@ class _Moment:
         kept = {
             p: {k: (v, old.get(id(v))) for k, v in state.items()} for p, state in states.items()
         }
+        self._kept = dict(zip(map(id, same), copies, strict=False))
+        self._kept_states = kept
         return partial(self._put_back, list(zip(same, copies, strict=False)), kept)
 
     def _put_back(

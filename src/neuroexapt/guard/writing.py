@@ -166,6 +166,7 @@ def _remove(ledger: Ledger, model: nn.Module, optimizer: Optimizer, removal: Rem
         holder = model.get_submodule(parent)
         drop_item(ledger, holder._modules, name)
         set_class(ledger, holder, fitting_class(holder))
+        ledger.note({"do": "drop", "module": removal.module})
     else:
         _check_own_forward(module, removal.module)
         renumber(ledger, model, removal.module)
@@ -175,6 +176,7 @@ def _remove(ledger: Ledger, model: nn.Module, optimizer: Optimizer, removal: Rem
                 drop_item(ledger, held, name)
         add_child(ledger, module, free_name(module, "nx_pass"), passage)
         set_class(ledger, module, fitting_class(module))
+        ledger.note({"do": "remove", "module": removal.module, "spec": removal.passage})
     settle_skips(ledger, model, removal.module)
     if optimizer is not None:
         left = {id(p) for p in model.parameters()}  # a tied parameter may live on elsewhere
@@ -204,6 +206,16 @@ def _insert(ledger: Ledger, model: nn.Module, optimizer: Optimizer, insertion: I
     child = free_name(module, insertion.child)
     add_child(ledger, module, child, branch)
     set_class(ledger, module, fitting_class(module))
+    ledger.note(
+        {
+            "do": "insert",
+            "module": insertion.module,
+            "child": child,
+            "spec": insertion.spec,
+            "neighbour": insertion.neighbour,
+            "dtype": insertion.dtype,
+        }
+    )
     _stay_dense(ledger, model, insertion.module)
     if optimizer is not None:
         prefix = f"{insertion.module}.{child}".lstrip(".")
@@ -273,5 +285,6 @@ def _give(ledger: Ledger, model: nn.Module, optimizer: Optimizer, rewrite: Rewri
     assert isinstance(new, nn.Parameter)
     order = list(model.parameters())
     put_item(ledger, module._parameters, name, new)
+    ledger.note({"do": "give", "tensor": rewrite.tensor, "shape": list(new.shape)})
     if optimizer is not None:
         adopt(ledger, optimizer, {rewrite.tensor: new}, beside, order)
