@@ -22,6 +22,7 @@ from neuroexapt.edit import (
 from neuroexapt.errors import NeuroExaptError
 from neuroexapt.guard import apply, transaction
 from neuroexapt.plan import Budget, Settings
+from neuroexapt.record import load, save
 from neuroexapt.train import Evolver
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "Settings",
     "Widen",
     "apply",
+    "load",
     "map_axes",
+    "save",
     "transaction",
 ]

@@ -27,6 +27,7 @@ baseline      name, points [{epoch, step, holdout_loss, holdout_accuracy}], para
               layers
 result        rows [{name, test_accuracy, parameters, flops, seconds, proposed, kept,
               rolled_back}]; the last three are null for a model that does not evolve
+resume        back_to: events from this ``seq`` on, up to here, do not count any more
 end           epoch, step, model {class, parameters, flops, layers}, seconds,
               overhead_seconds (the part of seconds spent on measuring and editing)
 ============  ==================================================================================
@@ -55,7 +56,7 @@ from typing import Any, BinaryIO
 from neuroexapt.errors import RecordError
 
 SCHEMA = 1
-SYNCED = frozenset({"applied", "verdict", "start", "end"})
+SYNCED = frozenset({"applied", "verdict", "start", "end", "resume"})
 _RESERVED = ("schema", "seq", "event", "time")
 _DEEPEST = 32
 
@@ -95,6 +96,26 @@ class Journal:
     def events(self) -> list[dict[str, Any]]:
         """The events written through this object, oldest first, as they stand in the file."""
         return list(self._events)
+
+    @property
+    def seq(self) -> int:
+        """The number that the next event will have."""
+        return self._seq
+
+    def go_back(self, seq: int, events: list[dict[str, Any]]) -> None:
+        """Go on from an earlier moment, by an event ``resume`` that says so.
+
+        Nothing is erased: :func:`read_journal` passes over what came between.
+
+        Args:
+            seq: the first number that does not count any more.
+            events: the events before it, if they are in no file.
+        """
+        last = events if self.path is None else read_journal(self.path)
+        self._events = [event for event in last if event["seq"] < seq]
+        if self.path is None:
+            self._seq = seq
+        self.write("resume", back_to=seq)
 
     def write(self, event: str, /, **fields: object) -> dict[str, Any]:
         """Appends one event and returns it as it was written.
@@ -161,10 +182,11 @@ class Journal:
         return RecordError(place, seen=seen, needed=needed, next_step=next_step)
 
 
-def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads all events of a journal, oldest first, and changes nothing.
+def read_journal(path: str | os.PathLike[str], *, whole: bool = False) -> list[dict[str, Any]]:
+    """Reads the events of a journal, oldest first, and changes nothing.
 
-    A torn last line (what a killed process leaves) is passed over.
+    A torn last line (what a killed process leaves) is passed over. So is, unless the ``whole`` is
+    asked for, what a run wrote behind the checkpoint from which it later went on.
 
     Raises:
         RecordError: the file is missing or unreadable, a line before the last is damaged (the
@@ -179,7 +201,16 @@ def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ['demo']
     """
     events, _ = _parse(_read_bytes(Path(path)), str(path))
-    return events
+    return events if whole else _that_count(events)
+
+
+def _that_count(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "resume" and type(event.get("back_to")) is int:
+            found = [earlier for earlier in found if earlier["seq"] < event["back_to"]]
+        found.append(event)
+    return found
 
 
 def _open_for_append(path: Path) -> tuple[BinaryIO, int]:

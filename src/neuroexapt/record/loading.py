@@ -61,7 +61,7 @@ class Structure:
         }
 
     def redo(self, ledger: Ledger, model: nn.Module) -> None:
-        """Make the edits again, and every tensor's final form."""
+        """Make the edits again, every tensor's final form, and what is trained."""
         built = sum(1 for _ in model.modules())
         most = _MOST_MODULES + 10 * (built + len(self.forms) + len(self.same))
         redo = Redo(ledger, model, most)
@@ -69,6 +69,10 @@ class Structure:
         every = {**self.forms, **{name: self.forms[first] for name, first in self.same.items()}}
         redo.settle(every)
         self._check_ties(model)
+        frozen = {as_text(n, self.place) for n in as_list(self.data.get("frozen"), self.place)}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad == (name in frozen):
+                parameter.requires_grad_(name not in frozen)
 
     def _check_ties(self, model: nn.Module) -> None:
         first: dict[int, str] = {}
@@ -84,15 +88,11 @@ class Structure:
                 )
 
     def fill(self, model: nn.Module) -> None:
-        """Values of all tensors, and the flags of parameters and modules."""
+        """Values of all tensors, and the mode of each module."""
         named = named_tensors(model)
         with self.opened.tensors(self.file, self.forms) as held, torch.no_grad():
             for name in self.forms:
                 named[name].copy_(held.stored(name))
-        frozen = {as_text(n, self.place) for n in as_list(self.data.get("frozen"), self.place)}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter.requires_grad == (name in frozen):
-                parameter.requires_grad_(name not in frozen)
         evaluating = set(as_list(self.data.get("evaluating"), self.place))
         extra = as_dict(self.data.get("extra"), f"{self.place}: extra")
         for path, module in model.named_modules(remove_duplicate=False):

@@ -43,7 +43,7 @@ class Chronicle:
         self.journal = Journal(path)
         self.epoch_number = 0
         self.step = 0
-        self._proposals = 0
+        self.proposals = 0
         self._model = model
         self._trace = trace
         self._layers: list[LayerRow] = []
@@ -93,10 +93,10 @@ class Chronicle:
 
     def proposal(self, decision: Decision, candidate: Candidate) -> int:
         """What is about to be tried and why; returns its number."""
-        self._proposals += 1
+        self.proposals += 1
         self.journal.write(
             "proposal",
-            id=self._proposals,
+            id=self.proposals,
             epoch=self.epoch_number,
             step=self.step,
             kind=candidate.kind,
@@ -111,7 +111,7 @@ class Chronicle:
             readings=candidate.readings,
             runner_up=decision.runner_up,
         )
-        return self._proposals
+        return self.proposals
 
     def applied(self, number: int, done: Applied) -> None:
         """What the edit did to the model."""
@@ -152,6 +152,15 @@ class Chronicle:
             **self._structure(),
         )
         self.journal.close()
+
+    @property
+    def structure(self) -> tuple[list[LayerRow], list[Node]]:
+        """Layers, and what reads what, as the last event left them."""
+        return self._layers, self._flow
+
+    @structure.setter
+    def structure(self, known: tuple[list[LayerRow], list[Node]]) -> None:
+        self._layers, self._flow = known
 
     def _structure(self) -> dict[str, Any]:
         """How layers, and what reads what, differ from the event before; empty if they do not."""

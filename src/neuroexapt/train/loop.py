@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ from neuroexapt.plan import (
 from neuroexapt.record import Journal, write_report
 from neuroexapt.train.chronicle import Chronicle
 from neuroexapt.train.inputs import example_input, signal_batches
+from neuroexapt.train.resume import checked_state, chronicle_state, restore_chronicle
 from neuroexapt.train.survey import Surveyor
 
 
@@ -150,7 +151,7 @@ class Evolver:
         self._mapped: tuple[tuple[Any, ...], ...] = ()
         self._copies: tuple[nn.Module, ...] = ()
         self._closed = False
-        self._kept_score: HoldoutScore
+        self._kept_score: HoldoutScore | None = None
         with self._own_time():
             self._batches = signal_batches(holdout, self.settings.signal_batches)
             self._example = example_input(model, loss_fn, self._batches[0])
@@ -174,6 +175,48 @@ class Evolver:
         inner_copies(self.model, copies)
         self._copies += copies
 
+    @property
+    def copies(self) -> tuple[nn.Module, ...]:
+        """What follows every change."""
+        return self._copies
+
+    @property
+    def trial(self) -> Trial | None:
+        """The trial under way."""
+        return None if self._trial is None else self._trial.trial
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :func:`neuroexapt.save` keeps of the search; the model is not in it."""
+        pending = self._trial
+        return {
+            "state": self.state,
+            "score": self._kept_score,
+            "pending": None if pending is None else (pending.number, pending.parameters),
+            "overhead": self.overhead,
+            "seconds": time.perf_counter() - self._started,
+            "chronicle": chronicle_state(self.chronicle),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], trial: Trial | None) -> None:
+        """Go on from a state; :func:`neuroexapt.load` calls it.
+
+        Args:
+            state: from :meth:`state_dict`.
+            trial: the trial that was under way, begun again on the model.
+
+        Raises:
+            CheckpointError: the state is of a run that began with another model.
+        """
+        self.state, self._kept_score = checked_state(state, self.state)
+        self._trial = None
+        if trial is not None:
+            number, parameters = state["pending"]
+            self._trial = _Pending(number, trial, parameters)
+        self.overhead = state["overhead"]
+        self._started = time.perf_counter() - state["seconds"]
+        self._axes = None
+        restore_chronicle(self.chronicle, state["chronicle"])
+
     def step(self) -> None:
         """Count one optimizer step. Costs nothing else."""
         self.chronicle.step += 1
@@ -192,7 +235,7 @@ class Evolver:
             score = evaluate(self.model, self.loss_fn, self.holdout)
             self.state = observed(self.state, Point(number, score.loss, score.error or 0.0))
             verdict = self._judge()
-            if verdict is not None and not verdict.kept:
+            if verdict is not None and not verdict.kept and self._kept_score is not None:
                 score = self._kept_score  # the model is bit for bit the one this was measured on
             self._kept_score = score
             parameters = count_parameters(self.model)
@@ -322,6 +365,7 @@ class Evolver:
     def _first_check(self, trial: Trial, candidate: Candidate) -> Verdict:
         """Measure the edited model; whatever stops that, the edit is taken back first."""
         try:
+            assert self._kept_score is not None
             step = evaluate(self.model, self.loss_fn, self.holdout).loss - self._kept_score.loss
             return bearable(self.state, self.settings, self.limits, candidate, step)
         except BaseException:
