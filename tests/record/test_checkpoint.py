@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
-import pickle
-import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from tests.laws.operations import OPERATIONS
+from tests.laws.test_table import row
+from tests.laws.world import NAMES, mapped
+from torch import nn
 
 from neuroexapt import (
-    AddRegularization,
-    InsertConv,
-    InsertLayer,
-    InsertResidual,
-    Narrow,
     NeuroExaptError,
-    PruneWeights,
-    RemoveLayer,
-    Widen,
-    apply,
     load,
     save,
     transaction,
 )
 from neuroexapt.capture.run import named_tensors
-from neuroexapt.edit import Insertion, MakePermanent, Patch, Spec, register
-from neuroexapt.errors import CheckpointError
-from neuroexapt.guard import Trial
 from neuroexapt.guard.lineage import lineage
 from neuroexapt.testing.snapshot import bits
 from neuroexapt.testing.world import World, world
-from tests import zoo
-from tests.laws.operations import OPERATIONS
-from tests.laws.test_table import row
-from tests.laws.world import NAMES, mapped
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 SLICE = ("small_cnn", "gpt_nano", "lstm", "moe")

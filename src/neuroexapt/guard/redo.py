@@ -25,11 +25,11 @@ from neuroexapt.edit.data import as_count, as_dict, as_list, as_shape, as_text
 from neuroexapt.edit.graft import PASS
 from neuroexapt.errors import CheckpointError
 from neuroexapt.guard.forms import Form, empty, strides
+from neuroexapt.guard.holders import check_swappable
 from neuroexapt.guard.hooked import drop_graphs
 from neuroexapt.guard.ledger import (
     Ledger,
     add_child,
-    check_swappable,
     drop_item,
     put_item,
     set_attribute,
