@@ -1,4 +1,4 @@
-"""The command line: ``neuroexapt demo`` and ``neuroexapt inspect``."""
+"""The command line: ``neuroexapt demo``, ``inspect``, ``report`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from rich.tree import Tree
 from torch import nn
 
 from neuroexapt.couple import AxisMap, Pinned, Width, map_axes
 from neuroexapt.errors import NeuroExaptError, SettingsError
+from neuroexapt.record import find_journal, read_runs, write_report
+from neuroexapt.record.compare import FIGURES, as_data, figures, recorded
+from neuroexapt.record.story import read_story
 
 app = typer.Typer(
     help="Change a PyTorch model's architecture while it trains.",
@@ -44,6 +48,51 @@ def demo(
         digits.run(seeds=seeds, epochs=epochs, out=out, console=console)
     except NeuroExaptError as error:
         raise _stop(error) from error
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or its journal.")],
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Another run to draw beside it; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; else report.html beside the journal.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Heading; else the run's name.")] = None,
+) -> None:
+    """Write a run, finished or under way, as one HTML file that needs nothing else."""
+    try:
+        (name, events), *others = read_runs([run, *(against or [])]).items()
+        target = out or find_journal(run).parent / "report.html"
+        named = {"name": name} if others else {}
+        path = write_report(events, target, title=title or name, against=dict(others), **named)
+    except NeuroExaptError as error:
+        raise _stop(error) from error
+    console.print(str(path), soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or their journals.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show runs, and the baselines in them, beside each other; differences are to the first."""
+    try:
+        stories = [read_story(events, name) for name, events in read_runs(runs).items()]
+    except NeuroExaptError as error:
+        raise _stop(error) from error
+    found = figures(stories)
+    if as_json:
+        console.print_json(json.dumps(as_data(found)))
+        return
+    grid = Table()
+    for title in ("", *(escape(one.name) for one in found)):
+        grid.add_column(title, justify="right" if title else "left", overflow="fold")
+    for name in recorded(found):
+        cells = [f"{one.told(name)}\n[dim]{one.against(found[0], name)}[/]" for one in found]
+        grid.add_row(FIGURES[name][0], *(cell.removesuffix("\n[dim][/]") for cell in cells))
+    console.print(grid)
 
 
 @app.command()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -12,10 +15,15 @@ import pytest
 
 from neuroexapt.errors import RecordError
 from neuroexapt.record import Journal, read_journal, write_report
-from neuroexapt.record.architecture import merged
+from neuroexapt.record import page as page_module
+from neuroexapt.record.evolution import merged
+from neuroexapt.record.page import SCRIPTS
 
 HOSTILE = "<script>alert('x')</script>\"><img onerror=x>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
+OURS = len(SCRIPTS)
+# echarts 6.1.0, dist/echarts.common.min.js
+ECHARTS = "61f13280aba3161f77fc801bf5f9c786f55f10432153a0683fc5cc0700b013d5"
 
 
 class Page(HTMLParser):
@@ -27,6 +35,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.words: list[str] = []
+        self.scripts: list[str] = []
         self.feed(source)
         self.close()
         assert not self.open
@@ -46,12 +55,21 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if "script" in self.open:
+            self.scripts.append(data)
+        elif "style" not in self.open:
             self.words.append(data)
 
     @property
     def text(self) -> str:
         return re.sub(r"\s+", " ", " ".join(self.words))
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the page's scripts are given."""
+        found = json.loads(self.scripts[0], parse_constant=lambda word: pytest.fail(word))
+        assert isinstance(found, dict)
+        return found
 
 
 def layer(name: str, kind: str, shape: str, parameters: int) -> dict[str, object]:
@@ -183,20 +201,27 @@ def test_changed_sizes_are_marked(tmp_path: Path) -> None:
     assert source.count("<mark>") == 2
 
 
-def test_charts_show_lines_marks_and_words(tmp_path: Path) -> None:
-    """Five charts, each with a label in words; each mutation with shape, dash and tooltip."""
-    source, page = render(full_run(), tmp_path)
+def test_charts_get_lines_marks_and_words(tmp_path: Path) -> None:
+    """Five charts, each with a label in words; each mutation with its step and its verdict."""
+    _, page = render(full_run(), tmp_path)
     labels = [value or "" for name, value in page.attributes if name == "aria-label"]
     charts = [label for label in labels if "over optimizer steps" in label]
-    assert len(charts) == 5
+    assert len(charts) == len(page.data["charts"]) == 5
     assert ("role", "img") in page.attributes
     assert charts[0].startswith("Holdout loss")
     assert "static: from" in charts[0]
     assert "mutations marked: 4" in charts[0]
-    assert source.count("#1 Widen at features.4: rolled back (step 520)") == 5
-    for outcome in ("kept", "rolled_back", "refused"):
-        assert f'class="shape {outcome}"' in source
-    assert "nan" not in re.sub(r"<style>.*?</style>", "", source, flags=re.DOTALL).lower()
+    told = [(d["step"], d["label"], d["outcome"]) for d in page.data["decisions"]]
+    assert told[1] == (520, "#1 Widen at features.4", "rolled_back")
+    loss, static = page.data["charts"][0]["lines"]
+    assert loss["points"][1][:2] == pytest.approx([200, 2.2 / 2**0.9])
+    assert loss["points"][1][2] == pytest.approx(0.06 / 2**0.5)
+    assert (static["name"], len(static["points"])) == ("static", 12)
+    # A baseline's size holds over all its steps; the run's jumps where an edit was made.
+    sizes, level = page.data["charts"][2]["lines"]
+    assert level["points"] == [[100, 7800], [1200, 7800]]
+    assert [300, 5162] in sizes["points"]
+    assert [300, 7546] in sizes["points"]
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -215,20 +240,38 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     known = {k for e in events for k in e} | set(re.findall(r"'(\w+)':", str(events)))
     events[0]["settings"][HOSTILE] = {HOSTILE: HOSTILE}
     source, page = render([poison(event) for event in events], tmp_path, title=HOSTILE)
-    assert not {"script", "img"} & set(page.tags)
+    assert "img" not in page.tags
+    assert page.tags.count("script") == len(page.scripts) == 1 + OURS
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert "<script" not in source
+    assert "<" not in page.scripts[0]
+    assert page.data["decisions"][0]["label"] == f"#0 {HOSTILE} at {HOSTILE}"
     assert "alert('x')" in page.text
+    assert "<script>alert" not in source
 
 
 def test_the_page_is_alone(tmp_path: Path) -> None:
-    """Nothing refers outside the file, and the page forbids itself to load or run anything."""
+    """Nothing refers outside the file, and the page forbids itself to load or run anything else."""
     source, page = render(full_run(), tmp_path)
-    plain = re.sub(r'xmlns(:\w+)?="[^"]*"', "", source)
-    for word in ("http://", "https://", "src=", "href=", "url(", "@import", "<script"):
+    plain = re.sub(r"<script.*?</script>", "", source, flags=re.DOTALL)
+    for word in ("http://", "https://", "src=", "href=", "url(", "@import"):
         assert word not in plain
-    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
-    assert "default-src 'none'" in source
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
+    assert not {"src", "href"} & {name for name, _ in page.attributes}
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', source)
+    assert policy.startswith("default-src 'none'; ")
+    allowed = re.findall(r"'sha256-([^']*)'", policy)
+    hashes = [hashlib.sha256(script.encode()).digest() for script in page.scripts[1:]]
+    assert allowed == [base64.b64encode(found).decode() for found in hashes]
+    assert "unsafe" not in policy.partition("script-src")[2]
+
+
+def test_the_plotting_library_is_as_it_was_published() -> None:
+    """Version and digest of the file in the package on npm; its licences lie beside it."""
+    folder = Path(page_module.__file__).parent / "assets" / "echarts"
+    script = (folder / "echarts.common.min.js").read_bytes()
+    assert hashlib.sha256(script).hexdigest() == ECHARTS
+    assert b'version="6.1.0"' in script
+    assert {"LICENSE", "LICENSE-d3", "NOTICE"} < {path.name for path in folder.iterdir()}
 
 
 def test_structure_serves_everyone(tmp_path: Path) -> None:
@@ -239,7 +282,8 @@ def test_structure_serves_everyone(tmp_path: Path) -> None:
     assert "prefers-color-scheme:dark" in source
     assert "@media print" in source
     assert page.tags.count("h1") == 1
-    assert page.tags.count("table") == source.count('class="scroll"')
+    tables, regions = page.tags.count("table"), source.count('class="scroll"')
+    assert tables == regions - 1  # the drawing scrolls too
 
 
 def test_an_empty_run_says_so(tmp_path: Path) -> None:
@@ -253,7 +297,7 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     """Without ``end`` the model after is not recorded, and a decision may wait."""
     events = [e for e in full_run() if e["event"] not in ("end", "result", "baseline")]
     events = [e for e in events if not (e["event"] == "verdict" and e["id"] == 3)]
-    _, page = render(events, tmp_path)
+    source, page = render(events, tmp_path)
     for word in (
         "Unfinished",
         "last measured step is 1,200",
@@ -264,7 +308,8 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "5,162 → 9,930 so far" in page.text
     assert "The layers after were not recorded" in page.text
     assert "The test set was not measured" in page.text
-    assert "removed" not in page.text
+    assert [m["label"] for m in page.data["drawing"]["moments"]] == ["start"]
+    assert 'class="removed"' not in source
 
 
 @pytest.mark.parametrize("kind", ["start", "epoch", "proposal", "applied", "verdict", "baseline"])
@@ -300,16 +345,19 @@ def test_charts_stand_any_single_value(tmp_path: Path, value: float) -> None:
             for e in range(epochs)
         ]
         events += [{"event": "proposal", "id": 0, "step": 0, "kind": "Widen"}]
-        source, _ = render(events, tmp_path)
-        assert not re.search(r'[ "MLHV](nan|-?inf)', source)
+        _, page = render(events, tmp_path)
+        lines = page.data["charts"][0]["lines"] if page.data["charts"] else []
+        drawable = abs(value) <= 1e100
+        assert [len(line["points"]) for line in lines] == ([epochs] if drawable else [])
 
 
 def test_a_gap_is_not_bridged(tmp_path: Path) -> None:
-    """An epoch without a value breaks the line in two."""
+    """An epoch without a value stays one: the line is broken there."""
     losses = [3.0, 2.0, None, 1.0, 0.5]
     events = [{"event": "epoch", "step": n, "holdout_loss": x} for n, x in enumerate(losses)]
-    source, _ = render(events, tmp_path)
-    assert source.count('class="line l0"') == 2 + 1  # the third one is the legend's sample
+    _, page = render(events, tmp_path)
+    (line,) = page.data["charts"][0]["lines"]
+    assert line["points"] == [[0, 3.0], [1, 2.0], [2, None], [3, 1.0], [4, 0.5]]
 
 
 def test_a_resumed_run_is_one_story(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from neuroexapt.record.evolution import merged
 from neuroexapt.record.page import Cell, Html, Row, facts, note, safe, scroll, table
 from neuroexapt.record.story import Event, mappings
 from neuroexapt.record.wording import count, escape, number, text
@@ -37,24 +38,6 @@ def architecture(before: Event, after: Event) -> Html:
     return Html(
         head + note(f"The layers {other} were not recorded; {which}:") + _single(old or new)
     )
-
-
-def merged(before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """Every name once, in the order of ``after``, with removed names where they stood.
-
-    Example:
-        >>> merged(["a", "b", "c"], ["a", "new", "c"])
-        ['a', 'new', 'b', 'c']
-    """
-    kept, old = set(after), set(before)
-    rest, names = list(before), []
-    for name in after:
-        while name in old and name in rest:
-            head = rest.pop(0)
-            if head not in kept:
-                names.append(head)
-        names.append(name)
-    return names + [name for name in rest if name not in kept]
 
 
 def status(old: Event | None, new: Event | None) -> str:

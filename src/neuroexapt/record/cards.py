@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from neuroexapt.record.charts import badge
+from collections.abc import Sequence
+
 from neuroexapt.record.page import Cell, Html, Row, facts, note, table
 from neuroexapt.record.story import Decision, Event, mapping, mappings
 from neuroexapt.record.wording import (
@@ -13,16 +14,58 @@ from neuroexapt.record.wording import (
     escape,
     figure,
     number,
-    percent,
     text,
     with_error,
 )
 
+# An outcome is told by word and shape as well as by colour. The charts' marks have the same shapes.
+OUTCOMES = {
+    "kept": ("kept", "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0Z"),
+    "rolled_back": ("rolled back", "M-4.5-4.5H4.5V4.5H-4.5Z"),
+    "refused": ("refused", "M0-5.5L5.5 4.5H-5.5Z"),
+    "pending": ("no verdict yet", "M0-6L6 0L0 6L-6 0Z"),
+}
+DASHES = ("", "7 4", "2 4", "9 3 2 3")
+_COLOURS = 4
 _EFFECTS = (("loss", "loss (nats)"), ("parameters", "parameters"), ("flops", "FLOPs"))
 
 
-def card(decision: Decision) -> Html:
+def badge(outcome: str) -> str:
+    """The shape and the word of an outcome, as they stand in the charts."""
+    word, shape = OUTCOMES[outcome]
+    drawn = f'<path class="shape {outcome}" transform="translate(8 8)" d="{shape}"/>'
+    return f'<span class="badge {outcome}">{_swatch(drawn, 16)}{escape(word)}</span>'
+
+
+def legend(names: Sequence[str], outcomes: Sequence[str]) -> Html:
+    """One list that explains the lines (in order of rank) and the marks of all charts.
+
+    Example:
+        >>> legend(["evolved"], ["kept"]).count("<li>")
+        2
+    """
+    items = []
+    for rank, name in enumerate(names):
+        dash = DASHES[rank % len(DASHES)]
+        dashed = f' stroke-dasharray="{dash}"' if dash else ""
+        stroke = f'<path class="line l{rank % _COLOURS}" d="M2 8H38"{dashed}/>'
+        items.append(f"<li>{_swatch(stroke, 40)}{escape(name)}</li>")
+    items += [f"<li>{badge(outcome)}</li>" for outcome in outcomes]
+    return Html(f'<ul class="legend">{"".join(items)}</ul>')
+
+
+def _swatch(drawn: str, width: int) -> str:
+    box = f'viewBox="0 0 {width} 16" width="{width}" height="16"'
+    return f'<svg {box} aria-hidden="true" class="swatch">{drawn}</svg>'
+
+
+def card(decision: Decision, place: int = 0, *, closed: bool = False) -> Html:
     """The card of one decision; every part that no event holds says so.
+
+    Args:
+        decision: the decision.
+        place: its place among all, which the page's links go by.
+        closed: show only its heading until it is opened.
 
     Example:
         >>> html = card(Decision(proposal={"id": 1, "kind": "Widen", "at": "fc1"}))
@@ -31,7 +74,6 @@ def card(decision: Decision) -> Html:
     """
     proposal, verdict = decision.proposal, decision.verdict
     parts = [
-        f"<header><h3>{escape(decision.label)}</h3>{badge(decision.outcome)}</header>",
         f'<p class="soft">{_when(proposal or verdict)}</p>',
         f"<p>{escape(text(proposal.get('reason'), 'No reason was recorded.'))}</p>",
         facts(_edit(proposal)),
@@ -39,7 +81,23 @@ def card(decision: Decision) -> Html:
         _effects(decision),
         facts(_outcome(decision)),
     ]
-    return Html(f'<article class="card {decision.outcome}">{"".join(parts)}</article>')
+    head = f"<h3>{escape(decision.label)}</h3>{_brief(decision)}{badge(decision.outcome)}"
+    shown = "" if closed else " open"
+    return Html(
+        f'<details class="card {decision.outcome}" id="decision-{place}"{shown}>'
+        f"<summary>{head}</summary>{''.join(parts)}</details>"
+    )
+
+
+def _brief(decision: Decision) -> str:
+    """What it came to, for a closed card."""
+    realised = mapping(decision.verdict.get("realised"))
+    told = [
+        f"{label} {change(realised.get(name))}"
+        for name, label in _EFFECTS
+        if number(realised.get(name)) is not None
+    ]
+    return f'<span class="brief">{escape(", ".join(told))}</span>' if told else ""
 
 
 def _when(event: Event) -> str:
@@ -110,24 +168,3 @@ def _outcome(decision: Decision) -> list[tuple[str, Cell]]:
         pairs.append(("decided", Html(when) if when else "time not recorded"))
         pairs.append(("why", text(verdict.get("why"), "not recorded")))
     return pairs
-
-
-def comparison(rows: list[Event]) -> Html:
-    """The models of the ``result`` event beside each other, measured on the test set.
-
-    Example:
-        >>> "97.00%" in comparison([{"name": "evolved", "test_accuracy": 0.97}])
-        True
-    """
-    heads = ["model", "test accuracy", "parameters", "FLOPs", "time"]
-    heads += ["proposed", "kept", "rolled back"]
-    lines = []
-    for row in rows:
-        cells = [text(row.get("name"), "no name"), percent(row.get("test_accuracy"))]
-        cells += [count(row.get("parameters")), count(row.get("flops"))]
-        cells.append(duration(row.get("seconds")))
-        # A null count means that this model does not evolve at all; see the journal's table.
-        names = ("proposed", "kept", "rolled_back")
-        cells += [count(row.get(n), "n/a" if n in row else "not recorded") for n in names]
-        lines.append(Row(cells=cells))
-    return table("Models compared", heads, lines)

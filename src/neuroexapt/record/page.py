@@ -6,11 +6,16 @@ makes the difference, so that a name from a journal cannot become markup by acci
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
-from neuroexapt.record.theme import STYLE
 from neuroexapt.record.wording import escape
+
+SCRIPTS = ("echarts/echarts.common.min.js", "charts.js", "drawing.js", "page.js")
 
 
 class Html(str):
@@ -86,18 +91,49 @@ def note(sentence: str) -> Html:
     return Html(f'<p class="soft">{escape(sentence)}</p>')
 
 
-def document(title: str, head: Html, body: Html) -> str:
-    """The whole page. Its policy forbids the browser to load or run anything."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+@functools.cache
+def asset(name: str) -> str:
+    """A file of the package's ``assets`` folder as text.
+
+    Example:
+        >>> asset("report.css").startswith("/*")
+        True
+    """
+    return (resources.files("neuroexapt.record") / "assets" / name).read_text("utf-8")
+
+
+def document(title: str, head: Html, body: Html, data: str | None = None) -> str:
+    """The whole page.
+
+    Its policy lets the browser load nothing, and run nothing but our own scripts, which it
+    knows by their hashes: no text of a journal can become code, whatever it is.
+
+    Args:
+        title: of the window.
+        head: what stands above.
+        body: everything else.
+        data: JSON for the scripts, without ``<``; without it the page has no script at all.
+    """
+    scripts = [] if data is None else [asset(name) for name in SCRIPTS]
+    allowed = " ".join(f"'sha256-{_hash(script)}'" for script in scripts) or "'none'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}"
+    policy += "; base-uri 'none'; form-action 'none'"
+    code = "".join(f"<script>{script}</script>\n" for script in scripts)
+    if data is not None:
+        code = f'<script type="application/json" id="data">{data}</script>\n{code}'
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{asset('report.css')}</style></head>\n"
         f"<body><header>{head}</header>\n<main>{body}</main>\n"
         "<footer><p>Written by neuroexapt from the journal of this run. A value that the journal "
-        "does not hold is shown as not measured.</p></footer></body></html>\n"
+        f"does not hold is shown as not measured.</p></footer>\n{code}</body></html>\n"
     )
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
 
 
 def _row(row: Row, kinds: Sequence[str]) -> str:

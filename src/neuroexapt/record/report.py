@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from neuroexapt.errors import RecordError
 from neuroexapt.record.architecture import architecture
-from neuroexapt.record.cards import card, comparison
-from neuroexapt.record.charts import OUTCOMES, Chart, Line, Mark, draw, legend
-from neuroexapt.record.page import Cell, Html, Row, document, facts, note, section, table
-from neuroexapt.record.story import Event, Point, Story, curve, mapping, mappings, read_story
+from neuroexapt.record.cards import OUTCOMES, badge, card, legend
+from neuroexapt.record.compare import FIGURES, Figures, figures, recorded
+from neuroexapt.record.evolution import Moment, drawing, read_moments
+from neuroexapt.record.page import Cell, Html, Row, asset, document, facts, note, section, table
+from neuroexapt.record.payload import Chart, charts, names, payload, spoken
+from neuroexapt.record.story import Point, Story, mapping, mappings, read_story
 from neuroexapt.record.wording import (
     MISSING,
     count,
@@ -23,14 +27,14 @@ from neuroexapt.record.wording import (
     number,
     percent,
     share,
-    short,
-    short_percent,
     size,
     text,
     with_error,
 )
 
 ARROW = " → "
+MOST_OPEN = 12
+NO_SCRIPT = "Charts need scripts, which are off here; the numbers are in the table below."
 
 
 def write_report(
@@ -38,17 +42,22 @@ def write_report(
     path: str | os.PathLike[str],
     *,
     title: str = "neuroexapt run",
+    name: str = "evolved",
+    against: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> Path:
     """Writes the report of a run and returns its path.
 
-    The file loads nothing and runs nothing, and every text from the events is escaped. It appears
-    whole or not at all: a report that stood there before stays until the new one is on disk. A run
-    may be unfinished or empty; what no event holds is shown as not measured.
+    The file loads nothing, runs nothing but its own two scripts, and shows every text from the
+    events as text. It appears whole or not at all: a report that stood there before stays until
+    the new one is on disk. A run may be unfinished or empty; what no event holds is shown as not
+    measured. Without scripts all numbers are still there, in tables.
 
     Args:
         events: what ``read_journal`` or ``Journal.events`` gives.
         path: the HTML file; missing parent folders are made.
         title: heading of the page.
+        name: what the page calls this run.
+        against: the events of other runs by name, drawn and listed beside this one.
 
     Raises:
         RecordError: the file cannot be written.
@@ -61,7 +70,11 @@ def write_report(
         True
     """
     target = Path(path)
-    page = _page(read_story(events), title)
+    events = list(events)
+    story = read_story(events, name)
+    others = {key: read_story(found, key) for key, found in (against or {}).items()}
+    moments = read_moments(events)
+    page = _page(_Told(story=story, others=others, moments=moments), title)
     try:
         # JSON may hold half of a surrogate pair, which UTF-8 cannot write.
         _replace(target, page.encode("utf-8", errors="replace"))
@@ -89,14 +102,30 @@ def _replace(target: Path, content: bytes) -> None:
             draft.unlink(missing_ok=True)
 
 
-def _page(story: Story, title: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What the page is made from."""
+
+    story: Story
+    others: Mapping[str, Story]
+    moments: Sequence[Moment]
+
+    @functools.cached_property
+    def charts(self) -> list[Chart]:
+        return charts(self.story, self.others)
+
+
+def _page(told: _Told, title: str) -> str:
+    story = told.story
     run = text(story.start.get("run"), "not recorded")
     head = Html(f'<h1>{escape(title)}</h1><p class="soft">Run: {escape(run)}. {_state(story)}</p>')
     if story.empty:
         return document(title, head, note("This journal holds no events of a run yet."))
-    parts = [_summary(story), _comparison(story), _charts(story), _decisions(story)]
-    parts += [_architecture(story), _environment(story)]
-    return document(title, head, Html("\n".join(parts)))
+    parts = [_summary(story), _comparison(told), _charts(told), _architecture(told)]
+    parts += [_decisions(story), _readings(story), _environment(story)]
+    drawn = [chart for chart in told.charts if chart.drawn]
+    data = payload(drawn, story, drawing(told.moments))
+    return document(title, head, Html("\n".join(parts)), data)
 
 
 def _state(story: Story) -> str:
@@ -160,7 +189,7 @@ def _between(first: Point, last: Point) -> str:
 
 
 def _mutations(story: Story) -> tuple[str, str]:
-    told = [f"{story.tally(o)} {word}" for o, (word, _, _) in OUTCOMES.items() if o != "pending"]
+    told = [f"{story.tally(o)} {word}" for o, (word, _) in OUTCOMES.items() if o != "pending"]
     waiting = story.tally("pending")
     return f"{len(story.decisions)} proposed", ", ".join(
         told + ([f"{waiting} without verdict"] if waiting else [])
@@ -175,67 +204,52 @@ def _time(story: Story) -> tuple[str, str]:
     return duration(total), f"of it measuring and editing: {duration(extra)}{part}"
 
 
-def _comparison(story: Story) -> Html:
-    if story.result:
-        return section("Compared with the static baseline", comparison(story.result))
-    return section("Compared with the static baseline", note(f"The test set was {MISSING}."))
-
-
-def _charts(story: Story) -> Html:
-    marks = [
-        Mark(step=decision.step, outcome=decision.outcome, label=decision.label)
-        for decision in story.decisions
-        if decision.step is not None
+def _comparison(told: _Told) -> Html:
+    runs = figures([told.story, *told.others.values()])
+    shown = recorded(runs)
+    if len(runs) < 2:
+        rest = "" if "test_accuracy" in shown else f" The test set was {MISSING}."
+        return section("Compared", note(f"This run is compared with no other.{rest}"))
+    heads = ["", *(run.name for run in runs)]
+    rows = [
+        Row(cells=[FIGURES[name][0], *(_beside(run, runs[0], name) for run in runs)])
+        for name in shown
     ]
-    names = ["evolved", *(_name(b) for b in story.baselines)]
+    explain = note(f"Small: the difference to {runs[0].name}.")
+    return section("Compared", table("Models compared", heads, rows), explain)
+
+
+def _beside(run: Figures, first: Figures, name: str) -> Html:
+    more = run.against(first, name)
+    small = f'<span class="against">{escape(more)}</span>' if more else ""
+    return Html(escape(run.told(name)) + small)
+
+
+def _charts(told: _Told) -> Html:
+    marks = [decision for decision in told.story.decisions if decision.step is not None]
     seen = [outcome for outcome in OUTCOMES if any(m.outcome == outcome for m in marks)]
-    drawn = "".join(draw(chart) for chart in _drawings(story, marks))
-    grid = Html(f'<div class="charts">{drawn}</div>')
-    key = Html(legend(names, seen))
-    explain = note(
-        "Each vertical line is a mutation at the step of its proposal; the shape is its verdict. "
-        "The shaded band is one standard error on both sides."
+    key = legend(names(told.story, told.others), seen)
+    drawn = (chart for chart in told.charts if chart.drawn)
+    plots = [_plot(chart, place, len(marks)) for place, chart in enumerate(drawn)]
+    empty = [chart.title.lower() for chart in told.charts if not chart.drawn]
+    explain = (
+        "Each vertical line is a mutation at the step of its proposal; the shape on top is its "
+        "verdict. Click one to see its card. Shaded: one standard error on both sides."
     )
-    return section("Over the run", key, explain, grid, _values(story))
+    parts = [key, note(explain), Html(f'<div class="charts">{"".join(plots)}</div>')]
+    if empty:
+        parts.append(note(f"Not measured: {', '.join(empty)}."))
+    return section("Over the run", *parts, _values(told.story))
 
 
-def _drawings(story: Story, marks: Sequence[Mark]) -> list[Chart]:
-    loss = [Line(name="evolved", points=story.curve("holdout_loss", "holdout_error"))]
-    accuracy = [Line(name="evolved", points=story.curve("holdout_accuracy"))]
-    for rank, baseline in enumerate(story.baselines, start=1):
-        points = mappings(baseline.get("points"))
-        name = _name(baseline)
-        loss.append(Line(name=name, points=curve(points, "holdout_loss"), rank=rank))
-        accuracy.append(Line(name=name, points=curve(points, "holdout_accuracy"), rank=rank))
-    memory = [Line(name="evolved", points=story.curve("memory_bytes"))]
-    sizes = [Line(name="evolved", points=story.parameters), *_level(story, "parameters")]
-    flops = [Line(name="evolved", points=story.curve("flops")), *_level(story, "flops")]
-    return [
-        Chart(title="Holdout loss", lines=loss, marks=marks, write=short),
-        Chart(
-            title="Holdout accuracy", lines=accuracy, marks=marks, write=short_percent, tell=percent
-        ),
-        Chart(title="Parameters", lines=sizes, marks=marks, write=short, stepped=True),
-        Chart(title="FLOPs", lines=flops, marks=marks, write=short, stepped=True),
-        Chart(title="Memory (bytes)", lines=memory, marks=marks, write=short, stepped=True),
-    ]
-
-
-def _level(story: Story, name: str) -> list[Line]:
-    """A baseline's constant size, drawn over the steps at which the baseline was measured."""
-    lines = []
-    for rank, baseline in enumerate(story.baselines, start=1):
-        value = number(baseline.get(name))
-        steps = [point.step for point in curve(mappings(baseline.get("points")), "")]
-        ends = (min(steps), max(steps)) if steps else ()
-        lines.append(
-            Line(name=_name(baseline), points=[Point(step, value) for step in ends], rank=rank)
-        )
-    return lines
-
-
-def _name(baseline: Event) -> str:
-    return text(baseline.get("name"), "baseline")
+def _plot(chart: Chart, place: int, marks: int) -> str:
+    label = escape(spoken(chart, marks))
+    box = f'<div class="plot" id="plot-{place}" role="img" aria-label="{label}">'
+    off = f'<p class="soft noscript">{NO_SCRIPT}</p>'
+    return (
+        f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption>{off}{box}</div>'
+        "</figure>"
+    )
 
 
 def _values(story: Story) -> Html:
@@ -264,13 +278,36 @@ def _values(story: Story) -> Html:
 def _decisions(story: Story) -> Html:
     if not story.decisions:
         return section("Decisions", note("No mutation was proposed."))
-    cards = "".join(card(decision) for decision in story.decisions)
-    return section("Decisions", Html(f'<div class="cards">{cards}</div>'))
+    closed = len(story.decisions) > MOST_OPEN
+    cards = "".join(card(d, place, closed=closed) for place, d in enumerate(story.decisions))
+    seen = [outcome for outcome in OUTCOMES if story.tally(outcome)]
+    boxes = "".join(
+        f'<label><input type="checkbox" checked value="{o}"> {badge(o)} {story.tally(o)}</label>'
+        for o in seen
+    )
+    choice = f'<fieldset class="filter" id="filter" hidden><legend>Show</legend>{boxes}</fieldset>'
+    return section("Decisions", Html(f'{choice}<div class="cards">{cards}</div>'))
 
 
-def _architecture(story: Story) -> Html:
-    before, after = mapping(story.start.get("model")), mapping(story.end.get("model"))
-    return section("Architecture before and after", architecture(before, after))
+def _architecture(told: _Told) -> Html:
+    before, after = mapping(told.story.start.get("model")), mapping(told.story.end.get("model"))
+    moments = told.moments
+    if not mappings(after.get("layers")) and len(moments) > 1:
+        last = moments[-1]
+        after = {"parameters": last.parameters, "layers": list(last.layers.values())}
+    whole = architecture(before, after)
+    if not moments:
+        return section("Architecture", whole)
+    head = "<summary>First and last architecture as a table</summary>"
+    rest = Html(f"<details>{head}{whole}</details>")
+    return section("Architecture", Html(asset("architecture.html")), rest)
+
+
+def _readings(story: Story) -> Html:
+    title = "Information in each layer"
+    if not any(mappings(survey.get("readings")) for survey in story.surveys):
+        return section(title, note(f"Readings of all layers were {MISSING}."))
+    return section(title, Html(asset("readings.html")))
 
 
 def _environment(story: Story) -> Html:

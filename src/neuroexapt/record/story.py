@@ -45,6 +45,11 @@ class Decision:
         return number(self.verdict.get("step")) if found is None else found
 
     @property
+    def why(self) -> object:
+        """The reason of the verdict, or else of the proposal."""
+        return self.verdict.get("why") or self.proposal.get("reason")
+
+    @property
     def label(self) -> str:
         """What was changed where, for headings and tooltips."""
         event = self.proposal or self.applied or self.verdict
@@ -57,10 +62,12 @@ class Decision:
 class Story:
     """A run as the report shows it. Empty mappings and lists: not recorded."""
 
+    name: str = "evolved"
     start: Event = field(default_factory=dict)
     end: Event = field(default_factory=dict)
     starts: int = 0
     epochs: list[Event] = field(default_factory=list)
+    surveys: list[Event] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     baselines: list[Event] = field(default_factory=list)
     result: list[Event] = field(default_factory=list)
@@ -97,8 +104,8 @@ class Story:
         return curve(self.epochs, name, error)
 
 
-def read_story(events: Iterable[Event]) -> Story:
-    """Gathers the events of a run; unknown kinds are passed over.
+def read_story(events: Iterable[Event], name: str = "evolved") -> Story:
+    """Gathers the events of a run, which the report calls ``name``; unknown kinds are passed over.
 
     A run that was resumed has several starts: the first one describes the model before, an end
     counts only if no start follows it, and the last word on a step is the one that counts.
@@ -111,7 +118,7 @@ def read_story(events: Iterable[Event]) -> Story:
         >>> story.decisions[0].label, story.tally("kept")
         ('#0 Widen at fc1', 1)
     """
-    story = Story()
+    story = Story(name=name)
     epochs: dict[float, Event] = {}
     for event in events:
         kind = event.get("event")
@@ -124,6 +131,8 @@ def read_story(events: Iterable[Event]) -> Story:
             story.end = event
         elif kind == "epoch" and step is not None:
             epochs[step] = event
+        elif kind == "survey":
+            story.surveys.append(event)
         elif kind == "baseline":
             story.baselines.append(event)
         elif kind == "result":
