@@ -17,7 +17,16 @@ import neuroexapt
 # Twenty, and `save` and `load`: every run that changes a model needs them, since a plain state_dict
 # fits no model that is built anew.
 MAX_NAMES = 22
-FRAMEWORKS = ("lightning", "transformers", "ray", "sklearn", "matplotlib")
+FRAMEWORKS = (
+    "lightning",
+    "transformers",
+    "ray",
+    "sklearn",
+    "matplotlib",
+    "mlflow",
+    "tensorboard",
+    "wandb",
+)
 NAMES = [name for name in neuroexapt.__all__ if name != "__version__"]
 
 

@@ -44,7 +44,7 @@ from neuroexapt.plan import (
     started,
     wants_change,
 )
-from neuroexapt.record import Journal, write_report
+from neuroexapt.record import Audience, Journal, Watcher, write_report
 from neuroexapt.train.chronicle import Chronicle
 from neuroexapt.train.inputs import example_input, signal_batches
 from neuroexapt.train.resume import checked_state, chronicle_state, restore_chronicle
@@ -160,6 +160,7 @@ class Evolver:
             self.state = State(parameters, flops)
             self.chronicle = Chronicle(journal, model, lambda: self._map().traces[0])
             self.chronicle.start(flops, self.limits, self.settings)
+        self._audience = Audience(self.journal)
 
     @property
     def journal(self) -> Journal:
@@ -217,6 +218,15 @@ class Evolver:
         self._axes = None
         restore_chronicle(self.chronicle, state["chronicle"])
 
+    def watch(self, *watchers: Watcher) -> None:
+        """Show the run while it goes on: ``LiveView()`` in the terminal, ``TensorBoard("runs/a")``.
+
+        Each is told what was written so far, then every event once an epoch is done. One whose
+        disk or server fails is let go with a warning. They live in ``neuroexapt.record``.
+        """
+        for watcher in watchers:
+            self._audience.add(watcher)
+
     def step(self) -> None:
         """Count one optimizer step. Costs nothing else."""
         self.chronicle.step += 1
@@ -243,6 +253,7 @@ class Evolver:
             self.chronicle.epoch(score, accuracy, parameters, self._flops(), memory)
             ready, why = wants_change(self.state, self.settings)
             decision = self._decide() if ready else None
+            self._audience.tell()
         said = decision or verdict
         why = said.why if said else why
         return Epoch(number, score, count_parameters(self.model), verdict, decision, why)
@@ -267,6 +278,7 @@ class Evolver:
             self.chronicle.verdict(pending.number, "rolled_back", why)
         seconds = time.perf_counter() - self._started
         self.chronicle.end(self._flops(), seconds, self.overhead)
+        self._audience.close()
 
     def report(self, path: str | os.PathLike[str], *, title: str = "neuroexapt run") -> Path:
         """Write the run so far as one self-contained HTML file."""
