@@ -23,6 +23,9 @@ nightly: export NEUROEXAPT_SEQUENCES = 2000
 nightly: export NEUROEXAPT_ALL_FAULTS = 1
 nightly: export NEUROEXAPT_MANY_EDITS = 1000
 nightly: export NEUROEXAPT_INTERRUPTS = 400
+nightly: export NEUROEXAPT_ALL_CHECKPOINTS = 1
+nightly: export NEUROEXAPT_KILLS = 200
+nightly: export NEUROEXAPT_HOSTILE = 10000
 nightly: export NEUROEXAPT_SEEDS = 100
 nightly: .venv/.installed  ## the long versions: 2,000 sequences of operations a model, every fault, 1,000 edits, 100 seeds
 	@$(BIN)/python -m pytest -n $(WORKERS) tests/laws/test_any_order.py tests/laws/test_faults.py \

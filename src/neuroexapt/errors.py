@@ -13,6 +13,7 @@
     +-- SettingsError       a setting of the evolver or of the budget is out of range
     +-- RecordError         a journal or report cannot be read or written
         +-- CheckpointError     a checkpoint cannot be written, read, or does not fit the model
+            +-- NoCheckpointError   there is none at this path: begin the run, or check the path
 
 Every message names the place, the value seen, the value needed and the next step.
 """
@@ -90,3 +91,7 @@ class RecordError(NeuroExaptError):
 
 class CheckpointError(RecordError):
     """A checkpoint cannot be written, is damaged, or does not fit what the factory builds."""
+
+
+class NoCheckpointError(CheckpointError):
+    """There is no checkpoint at this path."""

@@ -159,10 +159,18 @@ class Trial:
 
 @dataclass(frozen=True)
 class Before:
-    """A model, its copies and its optimizers as they were before a trial, by reference."""
+    """A run as it was before a trial, by reference.
+
+    Attributes:
+        models: the model and its copies.
+        optimizers: what trains the model.
+        objects: the model's tensors by name, as the optimizers know them: the objects, whatever
+            they hold now.
+    """
 
     models: tuple[Contents, ...]
     optimizers: tuple[Held, ...]
+    objects: Mapping[str, Tensor]
 
 
 class _Moment:
@@ -199,7 +207,7 @@ class _Moment:
             replace(one, state={p: self._old_state(p, s) for p, s in one.state.items()})
             for one in self._held
         ]
-        return Before(tuple(models), tuple(held))
+        return Before(tuple(models), tuple(held), self._contents[0].tensors)
 
     def _old_state(self, parameter: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
         kept = self._kept_states.get(parameter)

@@ -117,9 +117,9 @@ def load(factory: Callable[[], Made], path: str | os.PathLike[str]) -> Made:
         What the factory returned; a dictionary has the plain values besides.
 
     Raises:
-        CheckpointError: there is no checkpoint, it is damaged (the message names file and field),
-            or the factory builds something else (the message names the first edit or tensor that
-            does not fit).
+        NoCheckpointError: there is no checkpoint yet.
+        CheckpointError: it is damaged (the message names file and field), or the factory builds
+            something else (the message names the first edit or tensor that does not fit).
 
     Example:
         >>> import tempfile, torch
@@ -136,6 +136,7 @@ def load(factory: Callable[[], Made], path: str | os.PathLike[str]) -> Made:
         >>> again["epoch"], [p.shape[0] for p in again["optimizer"].param_groups[0]["params"]]
         (7, [2, 2, 1, 1])
     """
+    opened = Opened(Path(path))  # first: where there is none, nothing should have been begun
     made = factory()
     parts: Mapping[str, Any]
     if isinstance(made, nn.Module):
@@ -150,7 +151,7 @@ def load(factory: Callable[[], Made], path: str | os.PathLike[str]) -> Made:
             next_step='return {"model": model, "optimizer": optimizer, ...}',
         )
     with held_back():
-        plain = Loading(Opened(Path(path)), parts).run(whole=made is parts)
+        plain = Loading(opened, parts).run(whole=made is parts)
     if isinstance(made, dict):
         made.update(plain)
     return made

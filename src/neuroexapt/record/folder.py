@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neuroexapt.edit.data import DTYPES, as_count, as_dict, as_list, as_shape, as_text
-from neuroexapt.errors import CheckpointError
+from neuroexapt.errors import CheckpointError, NoCheckpointError
 from neuroexapt.guard.forms import Form, empty, form_of, is_dense
 
 FORMAT, SCHEMA = "neuroexapt checkpoint", 1
@@ -333,8 +333,8 @@ def _chosen(path: Path) -> Path:
     return found[-1]
 
 
-def _missing(path: Path, seen: str) -> CheckpointError:
-    return CheckpointError(
+def _missing(path: Path, seen: str) -> NoCheckpointError:
+    return NoCheckpointError(
         str(path),
         seen=seen,
         needed="a folder that neuroexapt.save wrote",

@@ -140,7 +140,7 @@ class Saving:
                 for number, one in enumerate(before.models)
             ],
             "optimizers": self._optimizers(
-                run, before.optimizers, before.models[0].tensors, "before.optimizers"
+                run, before.optimizers, before.objects, "before.optimizers"
             ),
         }
 
