@@ -18,15 +18,20 @@ Read `base` first: a `Reading`, and `undisturbed`, the law that measuring change
 - `growth`: what new parameters would earn, in nats; `adam`: in steps of Adam
 - `noise`: how much of a gradient is signal; the gradient noise scale
 - `directions`: which incoming weights new units should start with
+- `ablation`: the rise of the loss when a layer is skipped
 - `trend`: is the loss still falling; the generalisation gap
 - `holdout`: the loss on held-out batches, the judge of every change
-- `cost`: parameters, FLOPs, bytes
+- `cost`: parameters, FLOPs, bytes; `timing`: seconds, and bytes kept for the backward
+
+What is collected once for all of them is `evidence` (by passes of its own) or `watch` (during
+training steps); `registry` is the table of signals, `builtin` its built-in rows.
 - `wiring`: which layer reads which
 
 Signals propose and order; a measured held-out loss decides.
 """
 
 from neuroexapt.capture.flops import flops_of
+from neuroexapt.measure.ablation import ablation_losses, skips
 from neuroexapt.measure.adam import adam_gain, read_adam_gain
 from neuroexapt.measure.affine import AffineFit, affine_fit
 from neuroexapt.measure.base import (
@@ -37,6 +42,7 @@ from neuroexapt.measure.base import (
     batch_size_of,
     undisturbed,
 )
+from neuroexapt.measure.builtin import information_of
 from neuroexapt.measure.cost import (
     LayerRow,
     count_flops,
@@ -51,6 +57,7 @@ from neuroexapt.measure.dependence import (
     total_correlation,
 )
 from neuroexapt.measure.directions import growth_directions
+from neuroexapt.measure.evidence import Evidence, gather
 from neuroexapt.measure.growth import growth_gain, noise_corrected_norm, slopes
 from neuroexapt.measure.holdout import evaluate
 from neuroexapt.measure.information import (
@@ -84,6 +91,14 @@ from neuroexapt.measure.rank import (
     read_saturation,
 )
 from neuroexapt.measure.redundancy import read_redundancy, unit_redundancy
+from neuroexapt.measure.registry import (
+    Signal,
+    chosen_signals,
+    measure,
+    read_signals,
+    register_signal,
+    signals,
+)
 from neuroexapt.measure.removal import removal_loss
 from neuroexapt.measure.sampling import activations, gradients
 from neuroexapt.measure.scores import gate_slopes, unit_scores
@@ -92,6 +107,13 @@ from neuroexapt.measure.similarity import (
     linear_cka,
     read_branch_ratio,
     read_linear_cka,
+)
+from neuroexapt.measure.timing import (
+    Latency,
+    activation_memory,
+    latency,
+    read_activation_memory,
+    read_latency,
 )
 from neuroexapt.measure.trend import (
     Trend,
@@ -105,26 +127,34 @@ from neuroexapt.measure.units import (
     stuck_units,
     unit_entropy,
 )
+from neuroexapt.measure.watch import Watch
 from neuroexapt.measure.weights import dense_gradients, weight_scores
 from neuroexapt.measure.wiring import Node, wiring
 
 __all__ = [
     "AffineFit",
     "Batch",
+    "Evidence",
     "HoldoutScore",
     "Information",
+    "Latency",
     "LayerRow",
     "LossFn",
     "Node",
     "ReaderInputs",
     "Reading",
+    "Signal",
     "Trend",
+    "Watch",
+    "ablation_losses",
+    "activation_memory",
     "activations",
     "adam_gain",
     "affine_fit",
     "as_target",
     "batch_size_of",
     "branch_ratio",
+    "chosen_signals",
     "count_flops",
     "count_parameters",
     "dead_units",
@@ -134,27 +164,33 @@ __all__ = [
     "evaluate",
     "flops_of",
     "gate_slopes",
+    "gather",
     "generalisation_gap",
     "gradient_snr",
     "gradients",
     "growth_directions",
     "growth_gain",
     "information_drop",
+    "information_of",
     "label_information",
+    "latency",
     "layers",
     "linear_cka",
+    "measure",
     "neighbour_information",
     "noise_corrected_norm",
     "noise_scale",
     "normal_scores",
     "participation_ratio",
     "plateau_slope",
+    "read_activation_memory",
     "read_adam_gain",
     "read_branch_ratio",
     "read_dead_units",
     "read_duplicate_units",
     "read_effective_rank",
     "read_gradient_snr",
+    "read_latency",
     "read_linear_cka",
     "read_neighbour_information",
     "read_noise_scale",
@@ -162,13 +198,17 @@ __all__ = [
     "read_plateau_slope",
     "read_redundancy",
     "read_saturation",
+    "read_signals",
     "read_stuck_units",
     "read_total_correlation",
     "read_unit_entropy",
     "read_usable_information",
     "reader_inputs",
+    "register_signal",
     "removal_loss",
     "shared_information",
+    "signals",
+    "skips",
     "slopes",
     "stuck_units",
     "tensor_bytes",

@@ -151,7 +151,7 @@ def read_participation_ratio(acts_NC: Tensor, at: str) -> Reading:
     """`participation_ratio` over the width as a reading, its error by jackknife.
 
     Example:
-        >>> read_participation_ratio(torch.randn(64, 1).repeat(1, 2), "fc1").value
+        >>> round(read_participation_ratio(torch.randn(64, 1).repeat(1, 2), "fc1").value, 6)
         0.5
     """
     width = acts_NC.shape[1]

@@ -225,7 +225,7 @@ def _collector(
 
 
 def _rows(path: str, dim: int | None, output: object, held_NC: Tensor | None) -> Tensor:
-    tensor = _first_tensor(output)
+    tensor = first_tensor(output)
     if tensor is None or not tensor.is_floating_point():
         seen = type(output).__name__ if tensor is None else str(tensor.dtype)
         raise MeasureError(
@@ -254,10 +254,11 @@ def _rows(path: str, dim: int | None, output: object, held_NC: Tensor | None) ->
     return rows_NC
 
 
-def _first_tensor(output: object) -> Tensor | None:
+def first_tensor(output: object) -> Tensor | None:
+    """The first tensor in nested tuples, lists and mappings, or None."""
     if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, list | tuple):
-        found = (_first_tensor(item) for item in output)
+        found = (first_tensor(item) for item in output)
         return next((tensor for tensor in found if tensor is not None), None)
     return output if isinstance(output, Tensor) else None

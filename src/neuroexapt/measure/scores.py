@@ -144,11 +144,7 @@ def gate_slopes(
     See :func:`unit_scores`. Widths that no parameter reads are absent.
     """
     parameters = dict(model.named_parameters())
-    gates = {
-        name: [e for e in _gate(axes, axes.widths[name]) if e.tensor in parameters]
-        for name in (axes.widths if widths is None else widths)
-    }
-    gates = {name: entries for name, entries in gates.items() if entries}
+    gates = gates_of(axes, parameters, widths)
     only = {entry.tensor for entries in gates.values() for entry in entries}
     rows: dict[str, list[Tensor]] = {name: [] for name in gates}
     if not only:
@@ -157,10 +153,32 @@ def gate_slopes(
         model.eval()
         for grads in gradients(model, loss_fn, batches, only=only):
             products = {n: grads[n] * parameters[n].detach() for n in only}
-            sums: dict[tuple[str, int], Tensor] = {}
-            for name, entries in gates.items():
-                rows[name].append(_gate_sums(products, sums, entries, axes.widths[name].size))
+            for name, sums_U in sums_of_gates(axes, gates, products).items():
+                rows[name].append(sums_U)
     return {name: torch.stack(found) for name, found in rows.items() if found}
+
+
+Gates = Mapping[str, Sequence["_Entries"]]
+
+
+def gates_of(
+    axes: AxisMap, parameters: Mapping[str, nn.Parameter], widths: Collection[str] | None = None
+) -> Gates:
+    """By width the entries of parameters that a gate on its units would multiply."""
+    gates = {
+        name: [e for e in _gate(axes, axes.widths[name]) if e.tensor in parameters]
+        for name in (axes.widths if widths is None else widths)
+    }
+    return {name: entries for name, entries in gates.items() if entries}
+
+
+def sums_of_gates(axes: AxisMap, gates: Gates, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """(U,) by width: slope of the loss by each gate, from gradients times their parameters."""
+    sums: dict[tuple[str, int], Tensor] = {}
+    return {
+        name: _gate_sums(products, sums, entries, axes.widths[name].size)
+        for name, entries in gates.items()
+    }
 
 
 def _gate_sums(
