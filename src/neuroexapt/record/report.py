@@ -121,8 +121,12 @@ def _page(told: _Told, title: str) -> str:
     head = Html(f'<h1>{escape(title)}</h1><p class="soft">Run: {escape(run)}. {_state(story)}</p>')
     if story.empty:
         return document(title, head, note("This journal holds no events of a run yet."))
-    parts = [_summary(story), _comparison(told), _charts(told), _architecture(told)]
-    parts += [_decisions(story), _readings(story), _environment(story)]
+    runs = figures([story, *told.others.values()])
+    beside = _comparison(runs)
+    parts = [_summary(story), _charts(told), _architecture(told), _decisions(story)]
+    parts += [_readings(story), _environment(story)]
+    # What the run is compared with comes first, that there is nothing comes last.
+    parts.insert(1 if len(runs) > 1 else -1, beside)
     drawn = [chart for chart in told.charts if chart.drawn]
     data = payload(drawn, story, drawing(told.moments))
     return document(title, head, Html("\n".join(parts)), data)
@@ -204,8 +208,7 @@ def _time(story: Story) -> tuple[str, str]:
     return duration(total), f"of it measuring and editing: {duration(extra)}{part}"
 
 
-def _comparison(told: _Told) -> Html:
-    runs = figures([told.story, *told.others.values()])
+def _comparison(runs: Sequence[Figures]) -> Html:
     shown = recorded(runs)
     if len(runs) < 2:
         rest = "" if "test_accuracy" in shown else f" The test set was {MISSING}."

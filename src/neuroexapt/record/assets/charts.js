@@ -97,15 +97,17 @@ function band(line, factor, rank) {
 function marks(ends, box) {
   const inner = Math.max(60, box.clientWidth - 72), rows = lanes(ends, inner);
   const height = box.clientHeight - 48;
+  // Where marks are dense they must not hide the curves.
+  const faint = Math.min(1, Math.max(0.07, inner / marked.length / 10));
   const data = marked.map((mark, k) => ({
     value: [mark.step, 1 - (rows[k] * LANE + 7) / height], symbol: SHAPES[mark.outcome],
-    symbolSize: 11, decision: mark.place,
+    symbolSize: faint < 0.6 ? 7 : 11, decision: mark.place,
     itemStyle: { color: colour(mark.outcome), borderColor: colour("paper"), borderWidth: 1, opacity: 1 },
   }));
   const style = { kept: "solid", rolled_back: [5, 3], refused: [1.5, 3], pending: [1, 6] };
   const lines = marked.map((mark) => ({
     xAxis: mark.step,
-    lineStyle: { color: colour(mark.outcome), type: style[mark.outcome], width: 1.2, opacity: 0.6 },
+    lineStyle: { color: colour(mark.outcome), type: style[mark.outcome], width: 1.2, opacity: 0.6 * faint },
   }));
   return {
     id: "marks", type: "scatter", yAxisIndex: 1, z: 6, data, cursor: "pointer",
@@ -168,18 +170,20 @@ function option(chart, box) {
     series: [
       ...chart.lines.flatMap((line, rank) => band(line, factor, rank)),
       ...[...chart.lines].reverse().map((line) => drawnLine(chart, line, factor)),
-      marks(ends, box), { id: "cursor", type: "line", data: [], ...cursor() },
+      marks(ends, box),
     ],
   };
 }
 
-/* The moment of the slider, in every chart. */
-function cursor() {
-  const moment = DATA.drawing.moments[at];
-  const data = moment && moment.step !== null && DATA.drawing.moments.length > 1
-    ? [{ xAxis: moment.step }] : [];
-  const lineStyle = { color: colour("ink"), width: 2, type: "solid", opacity: 0.8 };
-  return { markLine: { silent: true, symbol: "none", label: { show: false }, lineStyle, data, z: 5 } };
+/* The moment of the slider, in every chart: a line above it, so that no chart is drawn anew. */
+function drawCursor() {
+  const { moments } = DATA.drawing, moment = moments[at];
+  for (const { plot, box, line } of plots) {
+    line.hidden = moments.length < 2 || moment.step === null;
+    if (line.hidden) continue;
+    if (line.parentNode !== box) box.append(line);
+    line.style.left = plot.convertToPixel({ xAxisIndex: 0 }, moment.step) + "px";
+  }
 }
 
 function redraw() {
@@ -189,6 +193,7 @@ function redraw() {
     // On paper the drawing is as wide as the page, not as the window was.
     if (svg) svg.setAttribute("viewBox", "0 0 " + box.clientWidth + " " + box.clientHeight);
   }
+  drawCursor();
 }
 
 function drawCharts() {
@@ -198,18 +203,23 @@ function drawCharts() {
     plot.on("click", (event) => {
       if (event.seriesId === "marks") choose(event.data.decision);
     });
-    plots.push({ chart, plot, box });
+    plots.push({ chart, plot, box, line: make("div", "cursor") });
   });
   redraw();
   let waiting = 0;
+  const watched = [...plots.map(({ box }) => box), ...($("net") ? [$("net")] : [])];
+  const wide = () => watched.reduce((sum, box) => sum + box.clientWidth, 0);
+  let width = wide();
   const resized = new ResizeObserver(() => {
     cancelAnimationFrame(waiting);
     waiting = requestAnimationFrame(() => {
+      // The first call only says how large everything is.
+      if (wide() === width) return;
+      width = wide();
       for (const { plot } of plots) plot.resize();
       redraw();
       drawWires();
     });
   });
-  for (const { box } of plots) resized.observe(box);
-  if ($("net")) resized.observe($("net"));
+  for (const box of watched) resized.observe(box);
 }

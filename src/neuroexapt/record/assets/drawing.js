@@ -73,7 +73,7 @@ function show(moment) {
   $("net").replaceChildren(list);
   tell(moments[at], counts);
   drawWires();
-  for (const { plot } of plots) plot.setOption({ series: [{ id: "cursor", ...cursor() }] });
+  drawCursor();
 }
 
 function tell(moment, counts) {
