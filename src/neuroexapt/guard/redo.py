@@ -82,8 +82,8 @@ class Redo:
         new = {path: self._further(path, entries) for path, entries in at.items()}
         for path in lineages(self.model).keys() - at.keys():
             raise _unlike(f"edits of '{path}'", "a model that was edited elsewhere")
-        for path, number, text in _in_order(new):
-            root, entry = self._module(path, "lineage"), _parsed(text, f"edit {number}")
+        for path, number, entry in _sorted(new):
+            root = self._module(path, "lineage")
             place = f"edit {number} ({str(entry.get('description', ''))[:120]})"
             if "unsaved" in entry:
                 raise CheckpointError(
@@ -326,15 +326,26 @@ _STEPS: dict[str, Callable[[Redo, str, Mapping[str, Any], str], None]] = {
 }
 
 
-def _in_order(at: Mapping[str, Sequence[tuple[int, str]]]) -> Iterator[tuple[str, int, str]]:
-    """Path, number and text of each entry, in the order in which they were made."""
+def in_order(at: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Path, number and contents of each entry, in the order in which they were made.
+
+    Raises:
+        CheckpointError: an entry is not as it was written.
+    """
+    return _sorted({path: list(enumerate(entries, 1)) for path, entries in at.items()})
+
+
+def _sorted(
+    at: Mapping[str, Sequence[tuple[int, str]]],
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     found = []
     for path, entries in at.items():
         for number, text in entries:
-            when = _parsed(text, f"edit {number}").get("time")
-            found.append((as_count(when, f"edit {number}: time", 2**63), path, number, text))
-    for _, path, number, text in sorted(found):
-        yield path, number, text
+            entry = _parsed(text, f"edit {number}")
+            when = as_count(entry.get("time"), f"edit {number}: time", 2**63)
+            found.append(((when, path, number), entry))
+    for (_, path, number), entry in sorted(found, key=lambda pair: pair[0]):
+        yield path, number, entry
 
 
 def _parsed(text: str, place: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.edit import Reader
 from neuroexapt.edit.data import as_dict, as_list, as_text
-from neuroexapt.errors import CheckpointError, NeuroExaptError
+from neuroexapt.errors import CheckpointError
 from neuroexapt.guard import Trial, inner_module
 from neuroexapt.guard.by_name import Restorer, each, outsiders
 from neuroexapt.guard.forms import Form
@@ -133,7 +133,7 @@ class Loading:
             return self._run(whole)
         except CheckpointError:
             raise
-        except (NeuroExaptError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # what a hostile file makes torch raise has no common class
             raise CheckpointError(
                 str(self.opened.path),
                 seen=f"{type(error).__name__}: {str(error)[:400]}",
@@ -191,12 +191,13 @@ class Loading:
         for restorer in restorers:
             restorer.values(reader)
         plain = self._objects(as_dict(run.get("objects"), f"{place}: objects"), reader, place)
+        random = reader.value(run.get("random"), f"{place}: random")
         if self.evolver is not None:
             if "evolver" not in run:
                 raise self._unlike("evolver", "an evolver", "what was saved: none was")
             state = as_dict(reader.value(run["evolver"], f"{place}: evolver"), place)
             self.evolver.load_state_dict(state, trial)
-        set_random_states(reader.value(run.get("random"), f"{place}: random"), place)
+        set_random_states(random, place)
         return plain
 
     def _structure(self, file: str, data: Mapping[str, Any], place: str) -> Structure:
