@@ -26,10 +26,11 @@ nightly: export NEUROEXAPT_INTERRUPTS = 400
 nightly: export NEUROEXAPT_ALL_CHECKPOINTS = 1
 nightly: export NEUROEXAPT_KILLS = 200
 nightly: export NEUROEXAPT_HOSTILE = 10000
+nightly: export NEUROEXAPT_ALL_EXPORTS = 1
 nightly: export NEUROEXAPT_SEEDS = 100
 nightly: .venv/.installed  ## the long versions: 2,000 sequences of operations a model, every fault, 1,000 edits, 100 seeds
 	@$(BIN)/python -m pytest -n $(WORKERS) tests/laws/test_any_order.py tests/laws/test_faults.py \
-		tests/guard/test_many_edits.py tests/train/test_interrupts.py tests/measure/test_planted.py
+		tests/guard/test_many_edits.py tests/train/test_interrupts.py tests/measure/test_planted.py tests/record
 
 check: lint test  ## everything CI runs: format, lint, types, then all tests
 
@@ -52,5 +53,5 @@ clean:  ## remove .venv, caches and build output
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The pinned set-up needs Python 3.11 or newer, this is %d.%d. Try: make PYTHON=python3.11" % sys.version_info[:2])'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,export]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""The command line: ``neuroexapt demo``, ``inspect``, ``report`` and ``compare``."""
+"""The command line: ``neuroexapt demo``, ``inspect``, ``report``, ``compare``, ``export``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from neuroexapt.couple import AxisMap, Pinned, Width, map_axes
 from neuroexapt.errors import NeuroExaptError, SettingsError
-from neuroexapt.record import find_journal, read_runs, write_report
+from neuroexapt.record import find_journal, load, read_runs, write_report
 from neuroexapt.record.compare import FIGURES, as_data, figures, recorded
 from neuroexapt.record.story import read_story
 
@@ -112,6 +112,49 @@ def inspect(
         console.print_json(json.dumps(_as_json(axes)))
     else:
         _show(axes)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them.")],
+    model: Annotated[str, typer.Option(help="package.module:factory of the first model")],
+    to: Annotated[str, typer.Option(help="python, program, onnx or pretrained")],
+    out: Annotated[Path, typer.Option(help="The file, or for pretrained the folder.")],
+    input: Annotated[
+        list[str] | None,
+        typer.Option(help="For program and onnx: shape of an input, 1,3,32,32; integers: int:1,16"),
+    ] = None,
+) -> None:
+    """Write the model of a checkpoint so that it needs this library no more."""
+    from neuroexapt.record import export as writers
+
+    args = tuple(_example(text) for text in input or ())
+    try:
+        if to not in ("python", "program", "onnx", "pretrained"):
+            raise SettingsError(
+                "--to",
+                seen=to,
+                needed="python, program, onnx or pretrained",
+                next_step="try --to python",
+            )
+        if to in ("program", "onnx") and not args:
+            raise SettingsError(
+                "--input",
+                seen="none",
+                needed=f"an example input for --to {to}",
+                next_step="try --input 1,3,32,32",
+            )
+        evolved = load(lambda: _build(model), run)
+        if to == "python":
+            made = " and ".join(str(path) for path in writers.write_python(evolved, out))
+        elif to == "pretrained":
+            made = str(writers.write_pretrained(evolved, out))
+        else:
+            write = writers.write_program if to == "program" else writers.write_onnx
+            made = str(write(evolved, out, args))
+    except NeuroExaptError as error:
+        raise _stop(error) from error
+    console.print(f"wrote {escape(made)}", soft_wrap=True)
 
 
 def _stop(error: NeuroExaptError) -> typer.Exit:

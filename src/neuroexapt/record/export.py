@@ -145,7 +145,9 @@ def write_onnx(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _quiet():
-            made = torch.onnx.export(program, args, kwargs=dict(kwargs or {}), dynamo=True, verbose=False)
+            made = torch.onnx.export(
+                program, args, kwargs=dict(kwargs or {}), dynamo=True, verbose=False
+            )
             assert made is not None
             made.save(str(path))
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
