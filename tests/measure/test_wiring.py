@@ -6,7 +6,6 @@ import pytest
 import torch
 from tests.zoo import ZOO, Entry, build, example
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from neuroexapt import InsertConv, RemoveLayer, apply
 from neuroexapt.capture import capture
@@ -29,7 +28,7 @@ class Everything(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, 1, 8))
         self.embed, self.norm = nn.Linear(4, 8), nn.LayerNorm(8)
         self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.shared, self.drop = nn.Linear(8, 8), nn.Dropout(0.5)
+        self.shared, self.drop, self.act = nn.Linear(8, 8), nn.Dropout(0.5), nn.ReLU()
         self.unused, self.head = nn.Linear(8, 8), nn.Linear(16, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +38,7 @@ class Everything(nn.Module):
         weight = self.query(y) @ self.key(y).transpose(1, 2) / 8**0.5
         x = x + self.drop(weight.softmax(-1) @ self.value(y))
         for _ in range(2):
-            x = F.relu(self.shared(x))
+            x = self.act(self.shared(x))
         return self.head(torch.cat([x.mean(1), y.amax(1)], dim=-1))
 
 
@@ -57,8 +56,10 @@ def test_every_kind_of_connection_is_found() -> None:
         ":0": ("attention", ["query", "key", "value"]),
         "drop": ("Dropout", [":0"]),
         ":1": ("+", ["token", "drop"]),
-        "shared": ("Linear", [":1"]),
-        ":2": ("concat", ["shared", "norm"]),
+        "shared": ("Linear", [":1", "act"]),
+        "act": ("ReLU", ["shared"]),
+        "act#2": ("ReLU", ["shared"]),
+        ":2": ("concat", ["act#2", "norm"]),
         "head": ("Linear", [":2"]),
         "(output)": ("output", ["head"]),
     }

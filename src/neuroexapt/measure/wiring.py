@@ -6,6 +6,7 @@ outputs of several meet: a sum, a product, a concatenation, attention.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 
@@ -28,8 +29,9 @@ def wiring(model: nn.Module, trace: Trace) -> list[Node]:
     """The layers of a run in the order of their first call, each with what it reads.
 
     Views and other operators of user code between two layers are passed over. Sums and products in
-    the code of one module that nothing else reads are one node, and a layer that is called several
-    times is one. What the run did not reach is not there.
+    the code of one module that nothing else reads are one node. A layer with parameters that is
+    called several times is one node, one without has a node for each call. What the run did not
+    reach is not there.
 
     Args:
         model: the model the trace was made of.
@@ -37,7 +39,8 @@ def wiring(model: nn.Module, trace: Trace) -> list[Node]:
 
     Returns:
         Nodes ``{"name", "type", "from": [names]}``. The first is ``(input)``, the last
-        ``(output)``. A layer has the name that `layers` gives it, a meeting place the path of its
+        ``(output)``. A layer has the name that `layers` gives it, with ``#2`` and so on for further
+        calls, a meeting place the path of its
         module, ``:`` and its number there.
 
     Example:
@@ -65,6 +68,9 @@ class _Wires:
         self.reads: dict[str, dict[str, None]] = {INPUT: {}}
         self.types = {INPUT: "input", OUTPUT: "output"}
         self.joins: dict[str, list[Call]] = {}
+        self.starts: dict[str, list[int]] = {}
+        for run in sorted(trace.runs, key=lambda run: run.start):
+            self.starts.setdefault(run.path, []).append(run.start)
         # The node each tensor comes from; tensors made of nothing but parameters: their layer.
         self.source = dict.fromkeys(trace.inputs, INPUT)
         self.held = dict(self.owners)
@@ -75,7 +81,7 @@ class _Wires:
         for number, call in enumerate(self.trace.calls):
             for run in idle.get(number, ()):
                 self._pass(run)
-            self._follow(call)
+            self._follow(number, call)
         for run in idle.get(len(self.trace.calls), ()):
             self._pass(run)
         self._fold()
@@ -120,12 +126,22 @@ class _Wires:
     def _pass(self, run: ModuleRun) -> None:
         made = {self.source[ref] for ref in run.inputs if ref in self.source}
         if made and run.outputs:
-            self._read(run.path, made)
-            self.source.update(dict.fromkeys(run.outputs, run.path))
+            layer = self._called(run.path, run.start)
+            self._read(layer, made)
+            self.source.update(dict.fromkeys(run.outputs, layer))
 
-    def _follow(self, call: Call) -> None:
+    def _called(self, path: str, number: int) -> str:
+        """The node of a module that is running at a call."""
+        times = bisect_right(self.starts.get(path, []), number)
+        if times < 2 or next(self.modules[path].parameters(), None) is not None:
+            return path
+        name = f"{path}#{times}"
+        self.types[name] = kind_of(self.modules[path])
+        return name
+
+    def _follow(self, number: int, call: Call) -> None:
         made = {self.source[ref]: None for ref in call.inputs if ref in self.source}
-        layer = self._layer(call, bool(made))
+        layer = self._layer(number, call, bool(made))
         if layer is not None:
             self._read(layer, made)
         elif len(made) > 1:
@@ -141,11 +157,11 @@ class _Wires:
             return
         self.source.update(dict.fromkeys(call.outputs, layer))
 
-    def _layer(self, call: Call, active: bool) -> str | None:
+    def _layer(self, number: int, call: Call, active: bool) -> str | None:
         """The layer whose work a call is, if it is one's."""
         module = self.modules.get(call.module)
         if module is not None and next(module.children(), None) is None:
-            return call.module if active else None
+            return self._called(call.module, number) if active else None
         if active:
             return next((self.held[ref] for ref in call.inputs if ref in self.held), None)
         return None
