@@ -18,6 +18,7 @@ from neuroexapt.record import Journal, read_journal, write_report
 from neuroexapt.record import page as page_module
 from neuroexapt.record.evolution import merged
 from neuroexapt.record.page import SCRIPTS
+from neuroexapt.record.story import read_story
 
 HOSTILE = "<script>alert('x')</script>\"><img onerror=x>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -404,3 +405,31 @@ def test_merged_layers_keep_both_orders() -> None:
     assert merged(["a", "b"], ["b", "a"]) == ["b", "a"]
     assert merged([], ["x"]) == ["x"]
     assert merged(["x", "y"], []) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("between", "told"),
+    [
+        ([{"event": "verdict", "id": 1, "verdict": "kept"}], "+30"),
+        ([], "+30"),
+        ([{"event": "verdict", "id": 1, "verdict": "rolled_back"}], None),
+        ([{"event": "verdict", "id": 1, "verdict": "kept", "realised": {"flops": 7}}], "+7"),
+    ],
+)
+def test_realised_flops_are_read_off_the_epochs(
+    between: list[dict[str, Any]], told: str | None
+) -> None:
+    """Between the last epoch without a change and the first with it, if nothing else changed."""
+    events = [
+        {"event": "epoch", "step": 1, "flops": 100},
+        {"event": "proposal", "id": 1, "kind": "Widen"},
+        {"event": "applied", "id": 1},
+        *between,
+        {"event": "epoch", "step": 2, "flops": 130},
+        {"event": "epoch", "step": 3, "flops": 500},
+    ]
+    found = read_story(events).decisions[0].realised.get("flops")
+    assert found == (None if told is None else float(told))
+    by_hand = [{**e, "layers": {"removed": ["x"]}} if e.get("step") == 2 else e for e in events]
+    changed_too = read_story(by_hand).decisions[0].realised.get("flops")
+    assert changed_too == (7 if told == "+7" else None)

@@ -91,7 +91,7 @@ def card(decision: Decision, place: int = 0, *, closed: bool = False) -> Html:
 
 def _brief(decision: Decision) -> str:
     """What it came to, for a closed card."""
-    realised = mapping(decision.verdict.get("realised"))
+    realised = decision.realised
     told = [
         f"{label} {change(realised.get(name))}"
         for name, label in _EFFECTS
@@ -141,7 +141,7 @@ def _measured(reading: Event) -> str:
 
 def _effects(decision: Decision) -> Html:
     predicted = mapping(decision.proposal.get("predicted"))
-    realised = mapping(decision.verdict.get("realised"))
+    realised = decision.realised
     rows = [
         Row(cells=[label, change(predicted.get(name)), change(realised.get(name))])
         for name, label in _EFFECTS

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from neuroexapt.record.wording import number
+from neuroexapt.record.wording import number, text
 
 Event = Mapping[str, Any]
 VERDICTS = ("kept", "rolled_back", "refused")
@@ -31,6 +31,13 @@ class Decision:
     proposal: Event = field(default_factory=dict)
     applied: Event = field(default_factory=dict)
     verdict: Event = field(default_factory=dict)
+    flops: float | None = None
+
+    @property
+    def realised(self) -> Event:
+        """What the change came to; FLOPs as the epochs around it were measured."""
+        found = mapping(self.verdict.get("realised"))
+        return found if self.flops is None else {"flops": self.flops, **found}
 
     @property
     def outcome(self) -> str:
@@ -119,6 +126,7 @@ def read_story(events: Iterable[Event], name: str = "evolved") -> Story:
         ('#0 Widen at fc1', 1)
     """
     story = Story(name=name)
+    events = list(events)
     epochs: dict[float, Event] = {}
     for event in events:
         kind = event.get("event")
@@ -141,6 +149,7 @@ def read_story(events: Iterable[Event], name: str = "evolved") -> Story:
             _take(story.decisions, kind, event)
     story.epochs = [epochs[step] for step in sorted(epochs)]
     story.parameters = _parameters(story)
+    _realise_flops(story, events)
     return story
 
 
@@ -184,6 +193,26 @@ def _take(decisions: list[Decision], kind: str, event: Event) -> None:
 
 def _id(decision: Decision) -> object:
     return (decision.proposal or decision.applied or decision.verdict).get("id")
+
+
+def _realise_flops(story: Story, events: Iterable[Event]) -> None:
+    """The FLOPs of the first epoch with a change less those of the last one without it."""
+    by_id = {text(decision.proposal.get("id")): decision for decision in story.decisions}
+    last: float | None = None
+    before: float | None = None
+    waiting: Decision | None = None
+    for event in events:
+        kind, flops = event.get("event"), number(event.get("flops"))
+        decision = by_id.get(text(event.get("id")))
+        if kind == "applied":
+            waiting, before = decision, last
+        elif kind == "verdict" and decision is waiting and event.get("verdict") != "kept":
+            waiting = None
+        elif kind == "epoch":
+            # A change by hand since then would be counted with it.
+            if waiting and flops is not None and before is not None and "layers" not in event:
+                waiting.flops = flops - before
+            last, waiting = flops, None
 
 
 def _parameters(story: Story) -> list[Point]:
