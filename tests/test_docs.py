@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from neuroexapt.couple.site import RULES
+from neuroexapt.measure.registry import _SIGNALS
 from neuroexapt.record.journal import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +69,9 @@ def test_code_runs_and_prints_what_is_said(
     """Blocks run in order in one namespace; files they write go to a folder of the test."""
     monkeypatch.chdir(tmp_path)
     space: dict[str, Any] = {"__name__": page.stem}
-    # A page may register an operator rule; the next one must not see it.
-    with torch.random.fork_rng(devices=[]), mock.patch.dict(RULES):
+    # A page may register an operator rule or a signal; the next one must not see it.
+    tables = mock.patch.dict(RULES), mock.patch.dict(_SIGNALS)
+    with torch.random.fork_rng(devices=[]), tables[0], tables[1]:
         torch.default_generator.manual_seed(0)
         for block in blocks(page):
             # Empty lines before the code give its errors the line number in the page.

@@ -144,7 +144,7 @@ def test_a_width_is_looked_at_where_it_is_read() -> None:
 
 
 def test_memory_is_bounded_and_wide_widths_are_sampled() -> None:
-    """2,000 units are seen through 256; a small cap keeps few rows; counts are scaled to all."""
+    """2,000 units are seen through 128; a small cap keeps few rows; counts are scaled to all."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 2000), nn.ReLU(), nn.Linear(2000, 2))
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_memory_is_bounded_and_wide_widths_are_sampled() -> None:
 
     few = gather(net, loss, batches, axes, needs=["rows"], cap=1 << 19)
     rows = few.rows["0.out"]
-    assert rows.values_NC.shape == (127, 256)
+    assert rows.values_NC.shape == (169, 128)
     assert rows.values_NC.numel() * 4 < 1 << 19
     [dead] = read_signals(few, ["dead_units"])
     assert 800 < dead.value < 1200

@@ -1,7 +1,7 @@
 """The built-in signals: one row each, from what was seen to readings.
 
 `at` is the name of a width, the path of a module, the name of a parameter, or ``model``. A width
-of more than 256 units is seen through 256 of them; counts are scaled to all.
+of more than 128 units is seen through 128 of them; counts are scaled to all.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def pair(rows: Rows, batches: Sequence[Wanted]) -> tuple[Tensor, Tensor, Tensor,
         return None
     kept = at_N < values.shape[1]
     sample_N = rows.sample_N[kept]
-    return rows.values_NC[kept], values[sample_N, at_N[kept]], sample_N, kind
+    return rows.features_NF[kept], values[sample_N, at_N[kept]], sample_N, kind
 
 
 def _position(rows: Rows, space: tuple[int, ...]) -> Tensor | None:
@@ -267,7 +267,7 @@ ROWS_SIGNALS = (
         "saturation", "share of width", "1: every unit adds a direction, the width is full",
         ("rows",), _of_rows(read_saturation),
         "exp(entropy of the eigenvalues of the correlations) / width", "Roy and Vetterli 2007",
-        "noise on copies counts as directions (18 of 32 where 4 signals have 8 noisy copies each)",
+        "noise on copies counts as directions (6 of 32 where 4 signals have 8 noisy copies each)",
     ),
     Signal(
         "participation_ratio", "share of width", "as saturation, with less weight on quiet "

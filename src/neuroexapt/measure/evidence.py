@@ -35,9 +35,9 @@ from neuroexapt.measure.sampling import first_tensor, gradients, module_at
 from neuroexapt.measure.scores import gate_slopes
 from neuroexapt.measure.targets import TargetFn, TargetTap, Wanted, given_targets
 
-CAP = 64 << 20
-ROWS = 2048
-ENTRIES = 4096
+CAP = 16 << 20
+ROWS = 1024
+ENTRIES = 1024
 NEEDS = ("rows", "targets", "blocks", "gradients", "gates")
 
 
@@ -54,7 +54,7 @@ class Evidence:
         rows: by width, a sample of what its readers are given.
         blocks: by path, input and output of the modules that keep their input's shape.
         targets: by name of a target, one entry a batch, in order.
-        gradients: by parameter, (M, P): at most 4,096 entries, the same ones each time.
+        gradients: by parameter, (M, P): at most 1,024 entries, the same ones each time.
         sizes: by parameter, its number of entries.
         gates: by width, (M, U): derivative of the loss by a gate on each unit.
         losses: training losses in order, for the plateau.
@@ -191,7 +191,7 @@ def _gradients(model: nn.Module, loss_fn: LossFn, batches: Sequence[Batch]) -> d
 
 
 def entries(gradient: Tensor) -> Tensor:
-    """At most 4,096 entries, float32 on the CPU; always the same ones for one size."""
+    """At most 1,024 entries, float32 on the CPU; always the same ones for one size."""
     flat = gradient.detach().flatten()
     if flat.numel() > ENTRIES:
         generator = torch.Generator().manual_seed(flat.numel())
@@ -216,6 +216,13 @@ class Looker:
         }
         self.first = 0
 
+    def _keepers(self) -> list[Keeper]:
+        return [*self.widths.values(), *(k for pair in self.blocks.values() for k in pair)]
+
+    def held_bytes(self) -> int:
+        """Bytes that it keeps at present."""
+        return sum(keeper.held_bytes() for keeper in self._keepers())
+
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Hooks on the modules, for the block alone."""
@@ -227,7 +234,7 @@ class Looker:
     def hook(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Put the hooks on; the caller removes them."""
         by_path: dict[str, list[Keeper]] = {}
-        for keeper in [*self.widths.values(), *(k for pair in self.blocks.values() for k in pair)]:
+        for keeper in self._keepers():
             by_path.setdefault(keeper.place.path, []).append(keeper)
         handles = []
         for path, keepers in by_path.items():

@@ -17,8 +17,8 @@ from neuroexapt.errors import MeasureError
 from neuroexapt.measure.places import Place
 from neuroexapt.measure.sampling import Reservoir
 
-UNITS = 256
-FEATURES = 256
+UNITS = 128
+FEATURES = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,18 +27,20 @@ class Rows:
 
     Attributes:
         place: where.
-        values_NC: activations, float32; of more than 256 units a sample of 256.
+        values_NC: activations, float32; of more than 128 units a sample of 128.
+        features_NF: all units of the same rows, for probes; of more than 128 a sketch of 128.
         sample_N: the sample that each row belongs to.
         position_N: its position there, row-major over ``space``.
         space: sizes of the dimensions of positions; empty for one row a sample.
         pooled_SF: features of whole samples: the units themselves, or where a sample has
-            positions first, mean and last of a line and the quarters of a map; of more than 256
-            a random projection to 256.
+            positions first, mean and last of a line and the quarters of a map; of more than 128
+            a sketch of 128.
         pooled_sample_S: the sample of each.
     """
 
     place: Place
     values_NC: Tensor
+    features_NF: Tensor
     sample_N: Tensor
     position_N: Tensor
     space: tuple[int, ...]
@@ -52,7 +54,10 @@ class Rows:
 
 
 class Keeper:
-    """Collects :class:`Rows` of one place, batch by batch, within a number of rows."""
+    """Collects :class:`Rows` of one place, batch by batch, within a number of rows.
+
+    Rows are chosen before anything is copied, so a large map costs no more than a small one.
+    """
 
     def __init__(self, place: Place, limit: int) -> None:
         self.place = place
@@ -62,7 +67,6 @@ class Keeper:
         generator = torch.Generator().manual_seed(place.units)
         order = torch.randperm(place.units, generator=generator)
         self.kept = order[:UNITS].sort().values if place.units > UNITS else None
-        self._projections: dict[tuple[int, torch.device], Tensor] = {}
 
     def add(self, tensor: Tensor, first: int) -> None:
         """Take a tensor of a batch whose samples are numbered from `first`.
@@ -82,53 +86,50 @@ class Keeper:
         spread = tensor.detach().movedim(place.dim, -1)
         if place.inner > 1:
             spread = spread.unflatten(-1, (place.units, place.inner)).transpose(-1, -2)
-        if self.kept is not None:
-            spread = spread[..., self.kept.to(spread.device)]
         self.space = tuple(spread.shape[1:-1])
-        rows_BQC = spread.reshape(len(spread), prod(self.space), -1).float()
-        self._add_rows(rows_BQC, first)
-        self._add_pooled(rows_BQC, first)
+        self.values.add_from(prod(spread.shape[:-1]), lambda at: self._rows(spread, at, first))
+        self._add_pooled(spread, first)
 
-    def _add_rows(self, rows_BQC: Tensor, first: int) -> None:
-        batch, positions, _ = rows_BQC.shape
-        device = rows_BQC.device
-        sample_BQ = torch.arange(first, first + batch, device=device)[:, None]
-        at_BQ = torch.arange(positions, device=device)[None, :]
+    def _rows(self, spread: Tensor, at_K: Tensor, first: int) -> Tensor:
+        """(K, ...): chosen rows: kept units, sketch of all, sample and position."""
+        positions = prod(self.space)
+        at_K = at_K.to(spread.device)
+        units_KC = spread[torch.unravel_index(at_K, spread.shape[:-1])].float()
         # Numbers up to 2^24 are exact in float32; beyond, samples would be told apart less well.
-        told = torch.stack(torch.broadcast_tensors(sample_BQ, at_BQ), -1).float()
-        self.values.add(torch.cat([rows_BQC, told], -1).flatten(0, 1))
+        told_K2 = torch.stack([first + at_K // positions, at_K % positions], 1).float()
+        if self.kept is None:
+            return torch.cat([units_KC, told_K2], 1)
+        values_KC = units_KC[:, self.kept.to(spread.device)]
+        return torch.cat([values_KC, sketched(units_KC), told_K2], 1)
 
-    def _add_pooled(self, rows_BQC: Tensor, first: int) -> None:
-        batch, positions, units = rows_BQC.shape
-        if positions == 1:
-            features = rows_BQC[:, 0]
+    def _add_pooled(self, spread: Tensor, first: int) -> None:
+        if prod(self.space) == 1:
+            features = spread.reshape(len(spread), -1)
         elif len(self.space) == 2:
-            maps = rows_BQC.transpose(1, 2).reshape(batch, units, *self.space)
+            maps = spread.movedim(-1, 1)
             features = F.adaptive_avg_pool2d(maps, 2).flatten(1)
         else:
-            ends = (rows_BQC[:, 0], rows_BQC.mean(1), rows_BQC[:, -1])
-            features = torch.cat(ends, 1)
-        if features.shape[1] > FEATURES:
-            features = features @ self._projection(features.shape[1], features.device)
-        number = torch.arange(first, first + batch, device=features.device)[:, None]
+            line = spread.flatten(1, -2)
+            features = torch.cat([line[:, 0], line.mean(1), line[:, -1]], 1)
+        features = sketched(features.float())
+        number = torch.arange(first, first + len(spread), device=features.device)[:, None]
         self.pooled.add(torch.cat([features, number], 1))
 
-    def _projection(self, size: int, device: torch.device) -> Tensor:
-        key = size, device
-        if key not in self._projections:
-            generator = torch.Generator().manual_seed(size)
-            drawn = torch.randn(size, FEATURES, generator=generator) / size**0.5
-            self._projections[key] = drawn.to(device)
-        return self._projections[key]
+    def held_bytes(self) -> int:
+        """Bytes that it keeps at present."""
+        held = [part.rows_NC for part in (self.values, self.pooled) if part.rows_NC is not None]
+        return sum(rows_NC.numel() * rows_NC.element_size() + 8 * len(rows_NC) for rows_NC in held)
 
     def rows(self) -> Rows | None:
         """What was kept, or None where nothing came."""
         held, pooled = self.values.rows_NC, self.pooled.rows_NC
         if held is None or pooled is None:
             return None
+        units = held.shape[1] - 2 if self.kept is None else len(self.kept)
         return Rows(
             self.place,
-            held[:, :-2],
+            held[:, :units],
+            held[:, :units] if self.kept is None else held[:, units:-2],
             held[:, -2].long(),
             held[:, -1].long(),
             self.space,
@@ -137,8 +138,29 @@ class Keeper:
         )
 
 
+def sketched(features_NF: Tensor) -> Tensor:
+    """At most 128 features: of more, each is added to one of 128 with a random sign.
+
+    Distances are kept on average, and no matrix is held. The same ones are added each time.
+    Charikar, Chen and Farach-Colton 2002 (count sketch).
+
+    Example:
+        >>> sketched(torch.ones(2, 1000)).shape
+        torch.Size([2, 128])
+    """
+    count = features_NF.shape[1]
+    if count <= FEATURES:
+        return features_NF
+    generator = torch.Generator().manual_seed(count)
+    bucket_F = torch.randint(FEATURES, (count,), generator=generator).to(features_NF.device)
+    sign_F = torch.randint(2, (count,), generator=generator).to(features_NF) * 2 - 1
+    empty = features_NF.new_zeros(len(features_NF), FEATURES)
+    return empty.index_add(1, bucket_F, features_NF * sign_F)
+
+
 def rows_within(cap: int, places: int, units: int) -> int:
     """How many rows of a place fit where so many places share `cap` bytes."""
-    bytes_a_row = 4 * (min(units, UNITS) + 2 + FEATURES + 1)
+    kept = units if units <= UNITS else UNITS + FEATURES
+    bytes_a_row = 4 * (kept + 2 + FEATURES + 1)
     # A reservoir holds its rows and the newcomers at once.
     return max(64, cap // (2 * max(1, places) * bytes_a_row))

@@ -126,10 +126,21 @@ class Reservoir:
 
     def add(self, rows_NC: Tensor) -> None:
         """Take rows of shape (N, C) into account."""
-        keys = torch.rand(rows_NC.shape[0], dtype=torch.float64, generator=self.generator)
-        # Chosen on the device first, so that no more than `limit` rows are ever copied.
-        best = self._best(keys)
-        rows_NC = rows_NC[best.to(rows_NC.device)].to("cpu", self.dtype)
+        self.add_from(rows_NC.shape[0], lambda at_K: rows_NC[at_K.to(rows_NC.device)])
+
+    def add_from(self, count: int, take: Callable[[Tensor], Tensor]) -> None:
+        """Take `count` rows into account, of which `take` makes those that are asked for.
+
+        Chosen first, so that no more than `limit` rows are ever copied.
+        """
+        keys = torch.rand(count, dtype=torch.float64, generator=self.generator)
+        if self.rows_NC is not None and len(self.keys) == self.limit:
+            # Of these alone some will stay.
+            best = torch.nonzero(keys > self.keys.min())[:, 0]
+            best = best[self._best(keys[best])]
+        else:
+            best = self._best(keys)
+        rows_NC = take(best).to("cpu", self.dtype)
         keys = torch.cat([self.keys, keys[best]])
         held_NC = rows_NC if self.rows_NC is None else torch.cat([self.rows_NC, rows_NC])
         best = self._best(keys)

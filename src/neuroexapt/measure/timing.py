@@ -1,7 +1,6 @@
 """Seconds and bytes, measured: the time of a forward, and what a step keeps for its backward.
 
-For `plan`: prices in the user's own units, where equal FLOPs do not mean equal time (3.3 times
-apart between networks of one study).
+For `plan`: prices in the user's own units, since equal FLOPs are not equal time.
 """
 
 from __future__ import annotations

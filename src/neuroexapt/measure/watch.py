@@ -31,7 +31,7 @@ class Watch:
 
     Invariant: the training is bit for bit the one without it: nothing is drawn from a generator,
     nothing is written on the model, and between watched steps there is no hook. Memory: `cap`
-    bytes for activations, 4,096 entries of each parameter for each of the last 16 watched steps.
+    bytes for activations, 1,024 entries of each parameter for each of the last 16 watched steps.
 
     Gradients are read as backward leaves them, before clipping; of several backward passes in
     one step the sum counts. Parameters move between watched steps, so their scatter is noise plus
@@ -110,6 +110,12 @@ class Watch:
     def close(self) -> None:
         """Take the hooks of a watched step off; what was seen stays."""
         self._unhook()
+
+    def held_bytes(self) -> int:
+        """Bytes that it keeps at present, beside the model's own."""
+        rows = [row for held in (*self._rows.values(), *self._sums.values()) for row in held]
+        own = sum(row.numel() * row.element_size() for row in rows)
+        return own + self._looker.held_bytes()
 
     def evidence(self) -> Evidence:
         """What was seen so far, for :func:`~neuroexapt.measure.registry.read_signals`."""
