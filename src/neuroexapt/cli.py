@@ -1,4 +1,4 @@
-"""The command line: ``neuroexapt demo``, ``inspect``, ``report``, ``compare``, ``export``."""
+"""The command line: ``neuroexapt demo`` and the commands on models, runs and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from neuroexapt.couple import AxisMap, Pinned, Width, map_axes
 from neuroexapt.errors import NeuroExaptError, SettingsError
-from neuroexapt.record import find_journal, load, read_runs, write_report
+from neuroexapt.record import find_journal, load, read_journal, read_runs, write_report
 from neuroexapt.record.compare import FIGURES, as_data, figures, recorded
 from neuroexapt.record.story import read_story
 
@@ -112,6 +112,27 @@ def inspect(
         console.print_json(json.dumps(_as_json(axes)))
     else:
         _show(axes)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its journal.")],
+) -> None:
+    """Derive every decision of a run again from its journal alone, and compare."""
+    from neuroexapt.record.replay import replay as derive
+    from neuroexapt.record.schema import problems
+
+    try:
+        events = read_journal(find_journal(run))
+        for problem in problems(events):
+            console.print(f"note: {escape(problem)}", soft_wrap=True)
+        found = derive(events)
+    except NeuroExaptError as error:
+        raise _stop(error) from error
+    if found.difference is not None:
+        errors.print(f"[bold red]differs[/] {escape(found.difference)}", soft_wrap=True)
+        raise typer.Exit(1)
+    console.print(f"{found.calls} calls, {found.decisions} of them decisions: all as written")
 
 
 @app.command()

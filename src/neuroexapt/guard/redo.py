@@ -116,7 +116,6 @@ class Redo:
         step = _STEPS.get(as_text(change.get("do"), place))
         if step is None:
             raise _damaged(place, f"the change {change['do']!r}"[:100], "a change of this version")
-        self._named = None if change["do"] != "resize" else self._named
         at = f"{path}." if path else ""
         try:
             step(self, at, change, f"{place}: {change['do']}")
@@ -129,6 +128,8 @@ class Redo:
                 needed="the model that was edited, as its factory builds it",
                 next_step="check that the factory is the one of the run",
             ) from error
+        if change["do"] != "resize":  # which keeps every object
+            self._named = None
 
     def _module(self, path: str, place: str) -> nn.Module:
         try:

@@ -12,7 +12,8 @@ kind          fields
 start         run, model {class, parameters, flops, layers: [{name, type, shape, parameters}],
               flow: [{name, type, from: [names]}]},
               budget {params, flops} (null: no limit), settings {...},
-              environment {python, torch, platform, device, neuroexapt}
+              environment {python, torch, platform, device, neuroexapt},
+              plan {state, settings, limits}: what a replay begins with
 epoch         epoch, step, holdout_loss, holdout_error (standard error of the loss),
               holdout_accuracy (0 to 1, or null), parameters, flops, memory_bytes
 survey        epoch, step, readings [{signal, at, value, unit, error, samples}]
@@ -27,7 +28,9 @@ baseline      name, points [{epoch, step, holdout_loss, holdout_accuracy}], para
               layers
 result        rows [{name, test_accuracy, parameters, flops, seconds, proposed, kept,
               rolled_back}]; the last three are null for a model that does not evolve
-resume        back_to: events from this ``seq`` on, up to here, do not count any more
+plan          epoch, step, calls [{call, given {...}, outcome}]: the decisions of one epoch as
+              calls of pure functions
+resume        back_to: events from this ``seq`` on, up to here, do not count any more; plan
 end           epoch, step, model {class, parameters, flops, layers}, seconds,
               overhead_seconds (the part of seconds spent on measuring and editing)
 ============  ==================================================================================
@@ -54,6 +57,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from neuroexapt.errors import RecordError
+from neuroexapt.record.parts import full_parts, put_aside
 
 SCHEMA = 1
 SYNCED = frozenset({"applied", "verdict", "start", "end", "resume"})
@@ -71,6 +75,8 @@ class Journal:
 
     Args:
         path: the file; missing parent folders are made. ``None``: memory only.
+        part: bytes after which a file is full: it gets a number (``run.jsonl.000001``) and a new
+            one is begun. Readers take all of them together. By default 64 MiB.
 
     Raises:
         RecordError: the file cannot be opened, is not a journal, or is damaged before its last
@@ -83,8 +89,9 @@ class Journal:
         (0, 'verdict', 3)
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, *, part: int = 2**26) -> None:
         self.path = None if path is None else Path(path)
+        self._part = part
         self._events: list[dict[str, Any]] = []
         self._seq = 0
         self._closed = False
@@ -102,7 +109,7 @@ class Journal:
         """The number that the next event will have."""
         return self._seq
 
-    def go_back(self, seq: int, events: list[dict[str, Any]]) -> None:
+    def go_back(self, seq: int, events: list[dict[str, Any]], **fields: object) -> None:
         """Go on from an earlier moment, by an event ``resume`` that says so.
 
         Nothing is erased: :func:`read_journal` passes over what came between.
@@ -110,12 +117,13 @@ class Journal:
         Args:
             seq: the first number that does not count any more.
             events: the events before it, if they are in no file.
+            fields: further fields of the event.
         """
         last = events if self.path is None else read_journal(self.path)
         self._events = [event for event in last if event["seq"] < seq]
         if self.path is None:
             self._seq = seq
-        self.write("resume", back_to=seq)
+        self.write("resume", back_to=seq, **fields)
 
     def write(self, event: str, /, **fields: object) -> dict[str, Any]:
         """Appends one event and returns it as it was written.
@@ -140,6 +148,7 @@ class Journal:
         entry: dict[str, Any] = dict(head)
         entry.update((name, _plain(value, name)) for name, value in fields.items())
         if self._file is not None:
+            self._turn_over()
             self._append(_line(entry), sync=event in SYNCED)
         self._seq += 1
         self._events.append(entry)
@@ -162,6 +171,21 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _turn_over(self) -> None:
+        """Begin a new file where the present one is full."""
+        assert self._file is not None
+        assert self.path is not None
+        try:
+            if os.fstat(self._file.fileno()).st_size < self._part:
+                return
+            os.fsync(self._file.fileno())
+            put_aside(self.path)
+            self._file.close()
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            needed = "a folder that can be written"
+            raise self._refusal(str(error), needed, "free some space, then write again") from error
 
     def _append(self, line: bytes, *, sync: bool) -> None:
         assert self._file is not None
@@ -200,7 +224,11 @@ def read_journal(path: str | os.PathLike[str], *, whole: bool = False) -> list[d
         ...     [event["run"] for event in read_journal(f"{folder}/run.jsonl")]
         ['demo']
     """
-    events, _ = _parse(_read_bytes(Path(path)), str(path))
+    path = Path(path)
+    files = full_parts(path)
+    if path.exists() or not files:  # a process may have died between two files
+        files.append(path)
+    events = [event for file in files for event in _parse(_read_bytes(file), str(file))[0]]
     return events if whole else _that_count(events)
 
 
@@ -231,6 +259,10 @@ def _open_for_append(path: Path) -> tuple[BinaryIO, int]:
             needed="a file that can be written",
             next_step="choose another path or fix its permissions",
         ) from error
+    for full in reversed(full_parts(path)):
+        if events:
+            break
+        events = _parse(_read_bytes(full), str(full))[0]
     return file, max((event["seq"] for event in events), default=-1) + 1
 
 

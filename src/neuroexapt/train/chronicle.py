@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,8 +24,11 @@ from neuroexapt.measure import (
     layers,
     wiring,
 )
-from neuroexapt.plan import Candidate, Decision, Limits, Settings
+from neuroexapt.plan import Candidate, Decision, Limits, Settings, State
 from neuroexapt.record import Journal, difference
+from neuroexapt.record.replay import call_data, outcome_of, start_data
+
+Result = TypeVar("Result")
 
 
 class Chronicle:
@@ -44,6 +47,7 @@ class Chronicle:
         self.epoch_number = 0
         self.step = 0
         self.proposals = 0
+        self._calls: list[dict[str, Any]] = []
         self._model = model
         self._trace = trace
         self._layers: list[LayerRow] = []
@@ -51,7 +55,7 @@ class Chronicle:
         # What reads what depends on the modules alone; a roll-back finds it again.
         self._flows: dict[tuple[str, ...], list[Node]] = {}
 
-    def start(self, flops: int, limits: Limits, settings: Settings) -> None:
+    def start(self, flops: int, limits: Limits, settings: Settings, state: State) -> None:
         """The model before anything, the limits and the environment."""
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         self._layers, self._flow = layers(self._model), self._wired()
@@ -68,7 +72,19 @@ class Chronicle:
                 "device": str(device),
                 "neuroexapt": metadata.version("neuroexapt"),
             },
+            plan=start_data(state, settings, limits),
         )
+
+    def planned(self, name: str, result: Result, /, **given: Any) -> Result:
+        """Note a call of a pure function of :mod:`neuroexapt.plan`, and hand on its result."""
+        self._calls.append(call_data(name, given, outcome_of(result)))
+        return result
+
+    def decided(self) -> None:
+        """The calls since the last time, in one event."""
+        calls, self._calls = self._calls, []
+        if calls:
+            self.journal.write("plan", epoch=self.epoch_number, step=self.step, calls=calls)
 
     def epoch(
         self, score: HoldoutScore, accuracy: float | None, parameters: int, flops: int, memory: int

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,41 +44,17 @@ from neuroexapt.plan import (
     wants_change,
 )
 from neuroexapt.record import Audience, Journal, Watcher, write_report
+from neuroexapt.record.replay import start_data
 from neuroexapt.train.chronicle import Chronicle
 from neuroexapt.train.inputs import example_input, signal_batches
-from neuroexapt.train.resume import checked_state, chronicle_state, restore_chronicle
+from neuroexapt.train.resume import (
+    Epoch,
+    Pending,
+    checked_state,
+    chronicle_state,
+    restore_chronicle,
+)
 from neuroexapt.train.survey import Surveyor
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What happened at the end of an epoch.
-
-    Attributes:
-        number: the epoch, counted from 1.
-        holdout: the held-out loss of the model as it goes into the next epoch.
-        parameters: its number of parameters.
-        verdict: the end of a trial, if one ended.
-        decision: what was decided, if a change was considered. Its candidate is on trial, unless
-            the edit was refused, which the journal tells.
-        why: one sentence on why nothing was decided, else the decision's or verdict's.
-    """
-
-    number: int
-    holdout: HoldoutScore
-    parameters: int
-    verdict: Verdict | None
-    decision: Decision | None
-    why: str
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A trial under way: its number in the journal and the parameters it added."""
-
-    number: int
-    trial: Trial
-    parameters: int
 
 
 class Evolver:
@@ -146,7 +121,7 @@ class Evolver:
         self.settings = settings or Settings()
         self.overhead = 0.0
         self._started = time.perf_counter()
-        self._trial: _Pending | None = None
+        self._trial: Pending | None = None
         self._axes: AxisMap | None = None
         self._mapped: tuple[tuple[Any, ...], ...] = ()
         self._copies: tuple[nn.Module, ...] = ()
@@ -159,7 +134,7 @@ class Evolver:
             self.limits = (budget or Budget()).limits(parameters=parameters, flops=flops)
             self.state = State(parameters, flops)
             self.chronicle = Chronicle(journal, model, lambda: self._map().traces[0])
-            self.chronicle.start(flops, self.limits, self.settings)
+            self.chronicle.start(flops, self.limits, self.settings, self.state)
         self._audience = Audience(self.journal)
 
     @property
@@ -212,11 +187,12 @@ class Evolver:
         self._trial = None
         if trial is not None:
             number, parameters = state["pending"]
-            self._trial = _Pending(number, trial, parameters)
+            self._trial = Pending(number, trial, parameters)
         self.overhead = state["overhead"]
         self._started = time.perf_counter() - state["seconds"]
         self._axes = None
-        restore_chronicle(self.chronicle, state["chronicle"])
+        plan = start_data(self.state, self.settings, self.limits)
+        restore_chronicle(self.chronicle, state["chronicle"], plan)
 
     def watch(self, *watchers: Watcher) -> None:
         """Show the run while it goes on: ``LiveView()`` in the terminal, ``TensorBoard("runs/a")``.
@@ -243,7 +219,9 @@ class Evolver:
             number = self.state.epoch + 1
             self.chronicle.epoch_number = number
             score = evaluate(self.model, self.loss_fn, self.holdout)
-            self.state = observed(self.state, Point(number, score.loss, score.error or 0.0))
+            point = Point(number, score.loss, score.error or 0.0)
+            planned = self.chronicle.planned
+            self.state = planned("observed", observed(self.state, point), point=point)
             verdict = self._judge()
             if verdict is not None and not verdict.kept and self._kept_score is not None:
                 score = self._kept_score  # the model is bit for bit the one this was measured on
@@ -251,8 +229,9 @@ class Evolver:
             parameters = count_parameters(self.model)
             memory = tensor_bytes(self.model, self.optimizer)
             self.chronicle.epoch(score, accuracy, parameters, self._flops(), memory)
-            ready, why = wants_change(self.state, self.settings)
+            ready, why = planned("wants_change", wants_change(self.state, self.settings))
             decision = self._decide() if ready else None
+            self.chronicle.decided()
             self._audience.tell()
         said = decision or verdict
         why = said.why if said else why
@@ -276,6 +255,7 @@ class Evolver:
             self._axes = None
             why = "the run ended before its verdict"
             self.chronicle.verdict(pending.number, "rolled_back", why)
+        self.chronicle.decided()
         seconds = time.perf_counter() - self._started
         self.chronicle.end(self._flops(), seconds, self.overhead)
         self._audience.close()
@@ -314,7 +294,8 @@ class Evolver:
         return flops_of(self._map().traces[0])
 
     def _judge(self) -> Verdict | None:
-        outcome = judge(self.state, self.settings, self.limits)
+        planned = self.chronicle.planned
+        outcome = planned("judge", judge(self.state, self.settings, self.limits))
         if outcome is None or self._trial is None:
             return None
         self.state, verdict = outcome
@@ -347,7 +328,9 @@ class Evolver:
         except NeuroExaptError as error:
             return Decision(None, f"the model could not be surveyed: {error}")
         self.chronicle.survey(survey.readings)
-        self.state, decision = choose(self.state, self.settings, self.limits, candidates, now)
+        chosen = choose(self.state, self.settings, self.limits, candidates, now)
+        self.chronicle.planned("choose", chosen, candidates=candidates, now=now)
+        self.state, decision = chosen
         if decision.candidate is not None:
             self._try(decision, decision.candidate, axes)
         return decision
@@ -370,8 +353,9 @@ class Evolver:
             return
         added = done.parameters_after - done.parameters_before
         self._axes = None
-        self.state = started(self.state, candidate)
-        self._trial = _Pending(number, trial, added)
+        begun = started(self.state, candidate)
+        self.state = self.chronicle.planned("started", begun, candidate=candidate)
+        self._trial = Pending(number, trial, added)
         self.chronicle.applied(number, done)
 
     def _first_check(self, trial: Trial, candidate: Candidate) -> Verdict:
@@ -379,13 +363,16 @@ class Evolver:
         try:
             assert self._kept_score is not None
             step = evaluate(self.model, self.loss_fn, self.holdout).loss - self._kept_score.loss
-            return bearable(self.state, self.settings, self.limits, candidate, step)
+            first = bearable(self.state, self.settings, self.limits, candidate, step)
+            return self.chronicle.planned("bearable", first, candidate=candidate, step=step)
         except BaseException:
             trial.roll_back()
             raise
 
     def _refuse(self, number: int, candidate: Candidate, why: str, *, for_good: bool) -> None:
-        self.state = refused(self.state, candidate, for_good=for_good)
+        state = refused(self.state, candidate, for_good=for_good)
+        said = {"candidate": candidate, "for_good": for_good}
+        self.state = self.chronicle.planned("refused", state, **said)
         self.chronicle.verdict(number, "refused", why)
 
 

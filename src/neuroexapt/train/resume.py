@@ -1,16 +1,49 @@
-"""The evolver's state, for a checkpoint: what it remembers besides the model itself."""
+"""What the evolver remembers besides the model itself, and how a checkpoint keeps it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neuroexapt.errors import CheckpointError
+from neuroexapt.guard import Trial
 from neuroexapt.measure import HoldoutScore
-from neuroexapt.plan import State
+from neuroexapt.plan import Decision, State, Verdict
 
 if TYPE_CHECKING:
     from neuroexapt.train.chronicle import Chronicle
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What happened at the end of an epoch.
+
+    Attributes:
+        number: the epoch, counted from 1.
+        holdout: the held-out loss of the model as it goes into the next epoch.
+        parameters: its number of parameters.
+        verdict: the end of a trial, if one ended.
+        decision: what was decided, if a change was considered. Its candidate is on trial, unless
+            the edit was refused, which the journal tells.
+        why: one sentence on why nothing was decided, else the decision's or verdict's.
+    """
+
+    number: int
+    holdout: HoldoutScore
+    parameters: int
+    verdict: Verdict | None
+    decision: Decision | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A trial under way: its number in the journal and the parameters it added."""
+
+    number: int
+    trial: Trial
+    parameters: int
 
 
 def chronicle_state(chronicle: Chronicle) -> dict[str, Any]:
@@ -26,11 +59,13 @@ def chronicle_state(chronicle: Chronicle) -> dict[str, Any]:
     }
 
 
-def restore_chronicle(chronicle: Chronicle, state: Mapping[str, Any]) -> None:
+def restore_chronicle(
+    chronicle: Chronicle, state: Mapping[str, Any], plan: Mapping[str, Any]
+) -> None:
     """Go on where the journal stood: later events are of a past that did not happen."""
     chronicle.epoch_number, chronicle.step = state["epoch"], state["step"]
     chronicle.proposals, chronicle.structure = state["proposals"], state["structure"]
-    chronicle.journal.go_back(state["seq"], state["events"])
+    chronicle.journal.go_back(state["seq"], state["events"], plan=plan)
 
 
 def checked_state(state: Mapping[str, Any], fresh: State) -> tuple[State, HoldoutScore | None]:
