@@ -12,8 +12,7 @@ import torch
 from benchmarks.overhead import TASKS, loss_fn
 
 from neuroexapt import map_axes
-from neuroexapt.measure import gather, read_latency, signals
-from neuroexapt.measure.timing import latency
+from neuroexapt.measure import gather, signals
 
 BATCHES = 8
 
@@ -68,6 +67,4 @@ def costs(task: str, rounds: int = 3) -> tuple[list[Cost], list[Cost]]:
             seen = gather(model, loss_fn, batches, axes, needs=signal.needs)
             spent.append(_seconds(lambda s=signal, e=seen: list(s.read(e)), 1))  # type: ignore[misc]
         found.append(Cost(signal.name, statistics.median(spent) / one))
-    timed = _seconds(lambda: read_latency(latency(model, (batches[0][0],))), 1)
-    found.append(Cost("latency", timed / one))
     return shared, found

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import os
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +43,7 @@ from neuroexapt.measure import (
 )
 from neuroexapt.measure.places import width_places
 from neuroexapt.measure.registry import _SIGNALS
+from neuroexapt.measure.targets import TargetTap
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -47,10 +52,12 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 # --- the zoo -------------------------------------------------------------------------------------
 
+# All of them by `make nightly`.
+EVERY = os.environ.get("NEUROEXAPT_SEEDS") is not None
 SMALL = ("resnet_basic", "gpt", "llama", "vae", "preact_dict", "lstm", "moe", "graph_net")
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [row.name for row in zoo.ZOO] if EVERY else SMALL)
 def test_every_default_signal_is_measured_on_any_model_and_changes_nothing(name: str) -> None:
     """Each reading has a unit, samples and a place; nothing is refused, nothing is disturbed."""
     model, axes = zoo.build(name), mapped(name)
@@ -292,6 +299,86 @@ def test_a_loss_by_hand_takes_the_batch_or_what_the_caller_says() -> None:
         measure(net, by_hand, x.split(32), axes, ["usable_information"])
 
 
+class SequenceFirst(nn.Module):
+    """Positions come before samples inside; as many of both as the example has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(x.transpose(0, 1).contiguous()))
+        return self.down(hidden).mean(0)
+
+
+def test_samples_are_told_by_the_axis_of_the_batch_and_not_by_their_number() -> None:
+    """With as many positions as samples: the label of a sample meets the features of that one."""
+    labels = torch.randint(2, (160,), generator=torch.Generator().manual_seed(0))
+    x = drawn(160, 8, 3) + 3 * labels[:, None, None]
+    batches = list(zip(x.split(8), labels.split(8), strict=True))
+    torch.manual_seed(0)
+    model = SequenceFirst()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    seen = gather(model, loss, batches, map_axes(model, (x[:4],)), needs=["rows", "targets"])
+    rows = seen.rows["up.out"]
+    assert rows.place.batch == 1
+    expected = torch.relu(model.up(x)).flatten(0, 1).detach()
+    torch.testing.assert_close(rows.values_NC, expected[rows.sample_N * 8 + rows.position_N])
+    [reading] = read_signals(seen, ["usable_information"])
+    assert reading.value > 0.9
+
+
+def test_rows_whose_samples_are_unknown_are_not_paired() -> None:
+    """Rows picked by content belong to nobody: other signals are measured, the reason is kept."""
+
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.up(x[x[:, 0] > 0])))
+
+    batches = [(drawn(64, 3, seed=s), torch.zeros(64).long()) for s in range(4)]
+    model = Picked()
+    axes = map_axes(model, (batches[0][0],))
+    seen = gather(
+        model, lambda m, b: m(b[0]).square().mean(), batches, axes, needs=["rows", "targets"]
+    )
+    found = read_signals(seen, ["saturation", "usable_information"])
+    assert [r.signal for r in found] == ["saturation"]
+    assert "unknown" in seen.refused[0].seen
+
+
+def test_a_loss_that_only_some_batches_have_is_left_out() -> None:
+    """The first loss is paired with the targets of all batches; the other one is no target."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    batches = [drawn(32, 4, seed=s) for s in range(4)]
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        out = model(x)
+        first = F.mse_loss(out[:, 0], x[:, 0])
+        return first + F.mse_loss(out[:, 1], x[:, 1]) if x is batches[1] else first
+
+    seen = gather(model, loss, batches, map_axes(model, (batches[0],)), needs=["rows", "targets"])
+    assert list(seen.targets) == ["0"]
+
+
+def test_large_maps_of_targets_are_kept_coarse() -> None:
+    """A map of 200 x 100 labels becomes one of 64 x 64; places still meet what is nearest."""
+    labels = torch.arange(200)[None, :, None].expand(2, 200, 100).contiguous()
+    with TargetTap(2) as tap:
+        F.cross_entropy(torch.zeros(2, 200, 200, 100), labels)
+    [wanted] = tap.found
+    assert wanted.space == (64, 64)
+    column = wanted.values.reshape(2, 64, 64)[0, :, 0]
+    assert (column - (torch.arange(64) + 0.5) * 200 / 64).abs().max() <= 1
+
+
 # --- cost ----------------------------------------------------------------------------------------
 
 
@@ -326,6 +413,23 @@ def test_activation_memory_counts_each_storage_once() -> None:
     # The second layer's input is the ReLU's output: one storage.
     assert activation_memory(net, loss, x) == 4 * 7 * (3 + 5)
     assert activation_memory(nn.Sequential(net, nn.Tanh()), loss, x) == 4 * 7 * (3 + 5 + 2)
+
+
+def test_costs_as_readings_are_those_of_their_functions() -> None:
+    """Parameters and FLOPs by hand, exact; latency has a spread; Taylor and Fisher by formula."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    axes = map_axes(net, (BATCHES[0],))
+    batches = [drawn(8, 4, seed=s) for s in range(5)]
+    names = ["parameters", "flops", "latency", "taylor", "fisher"]
+    found = {r.signal: r for r in measure(net, restless_loss, batches, axes, names)}
+    assert (found["parameters"].value, found["parameters"].error) == (44, 0.0)
+    assert found["flops"].value == 2 * (4 * 6 + 6 * 2)
+    assert found["latency"].value > 0
+    sums = gate_slopes(net, restless_loss, batches, axes)["0.out"]
+    assert found["taylor"].value == pytest.approx(float(sums.mean(0).abs().mean()))
+    square = 8 * sums.var(0) + sums.mean(0) ** 2 - sums.var(0) / 5
+    assert found["fisher"].value == pytest.approx(float(square.mean()))
 
 
 # --- watching ------------------------------------------------------------------------------------
@@ -405,6 +509,54 @@ def test_a_watch_keeps_the_last_steps_and_starts_over_after_an_edit() -> None:
     watch.close()
     with pytest.raises(MeasureError, match="every"):
         Watch(model, axes, every=0)
+
+
+def test_a_model_can_be_saved_copied_and_evaluated_during_a_watched_step() -> None:
+    """Hooks pickle as nothing, a copy is not watched, and what is evaluated does not count."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    watch = Watch(model, map_axes(model, (BATCHES[0],)), every=1)
+    watch.step()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    loaded = pickle.loads(pickle.dumps(model))
+    twin = copy.deepcopy(model)
+    loaded(BATCHES[0]), twin(BATCHES[0])
+    evaluate(model, restless_loss, BATCHES)
+    assert watch.evidence().rows == {}
+    restless_loss(model, BATCHES[0]).backward()
+    watch.step()
+    assert len(watch.evidence().rows["0.out"].values_NC) == 8
+    torch.testing.assert_close(twin(BATCHES[1]), model(BATCHES[1]))
+    watch.close()
+
+
+def test_watching_under_autocast_and_checkpointing_goes_through() -> None:
+    """Activations in bfloat16, and a block that runs again in backward."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+    model = nn.ModuleDict({"body": body, "head": nn.Linear(6, 2)})
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.utils.checkpoint.checkpoint(self.parts["body"], x, use_reentrant=False)
+            return self.parts["head"](hidden)  # type: ignore[no-any-return]
+
+    net = Checkpointed()
+    watch = Watch(net, map_axes(net, (BATCHES[0],)), every=1)
+    for batch in BATCHES:
+        net.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = restless_loss(net, batch)
+        loss.backward()
+        watch.step()
+    found = read_signals(watch.evidence(), ["saturation", "taylor", "fisher", "noise_scale"])
+    assert {r.signal for r in found} >= {"saturation"}
+    watch.close()
 
 
 def test_gathering_disturbs_nothing_even_when_it_fails() -> None:

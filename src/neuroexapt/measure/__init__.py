@@ -31,6 +31,7 @@ Signals propose and order; a measured held-out loss decides.
 """
 
 from neuroexapt.capture.flops import flops_of
+from neuroexapt.measure import builtin as builtin
 from neuroexapt.measure.ablation import ablation_losses, skips
 from neuroexapt.measure.adam import adam_gain, read_adam_gain
 from neuroexapt.measure.affine import AffineFit, affine_fit
@@ -42,7 +43,6 @@ from neuroexapt.measure.base import (
     batch_size_of,
     undisturbed,
 )
-from neuroexapt.measure.builtin import information_of
 from neuroexapt.measure.cost import (
     LayerRow,
     count_flops,
@@ -79,6 +79,7 @@ from neuroexapt.measure.noise import (
     read_gradient_snr,
     read_noise_scale,
 )
+from neuroexapt.measure.paired import information_of
 from neuroexapt.measure.rank import (
     dead_units,
     duplicate_units,

@@ -34,7 +34,8 @@ class Reading:
         at: module path or width the number is about; ``model`` for the whole model.
         value: the number, in ``unit``.
         unit: unit of ``value`` and of ``error``.
-        error: one standard error, or None when there was too little data to know it.
+        error: one standard error, 0 where the value is exact, or None when there was too little
+            data to know it.
         samples: how many rows, batches or points the number rests on.
 
     Example:

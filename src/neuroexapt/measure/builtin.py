@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from neuroexapt.capture.flops import flops_of
 from neuroexapt.errors import MeasureError
 from neuroexapt.measure.ablation import ablation_losses, skips
-from neuroexapt.measure.base import Reading
+from neuroexapt.measure.base import Reading, finite_matrix, undisturbed
+from neuroexapt.measure.cost import count_parameters
 from neuroexapt.measure.dependence import ROWS_A_UNIT, read_total_correlation
 from neuroexapt.measure.evidence import Evidence
-from neuroexapt.measure.information import Information, information_drop, usable_information
+from neuroexapt.measure.information import Information, information_drop
+from neuroexapt.measure.jackknife import spread_left_out
 from neuroexapt.measure.noise import read_gradient_snr, read_noise_scale
-from neuroexapt.measure.probe import Kind
+from neuroexapt.measure.paired import information_of
 from neuroexapt.measure.rank import (
     read_dead_units,
     read_duplicate_units,
@@ -32,10 +35,8 @@ from neuroexapt.measure.rank import (
 from neuroexapt.measure.redundancy import read_redundancy
 from neuroexapt.measure.registry import Signal, register_signal
 from neuroexapt.measure.removal import removal_loss
-from neuroexapt.measure.rows import Rows
 from neuroexapt.measure.similarity import read_branch_ratio, read_linear_cka
-from neuroexapt.measure.targets import Wanted
-from neuroexapt.measure.timing import read_activation_memory
+from neuroexapt.measure.timing import latency, read_activation_memory, read_latency
 from neuroexapt.measure.trend import generalisation_gap, read_plateau_slope
 from neuroexapt.measure.units import read_stuck_units, read_unit_entropy
 
@@ -79,74 +80,6 @@ def _scaled(reading: Reading, factor: float) -> Reading:
 
 
 # --- of targets ----------------------------------------------------------------------------------
-
-
-def information_of(
-    seen: Evidence, *, probe: Literal["linear", "hidden"] = "linear"
-) -> dict[str, dict[str, Information]]:
-    """Usable information by width and target; what cannot be paired is absent.
-
-    Targets of one value a sample are asked of whole samples' features, targets of one value a
-    position of the rows at that position (of language models the last position has none; maps of
-    another resolution are met at the nearest place).
-    """
-    if probe not in seen.memo:
-        seen.memo[probe] = _asked(seen, probe)
-    found: dict[str, dict[str, Information]] = seen.memo[probe]
-    return found
-
-
-def _asked(seen: Evidence, probe: Literal["linear", "hidden"]) -> dict[str, dict[str, Information]]:
-    found: dict[str, dict[str, Information]] = {}
-    for name, rows in seen.rows.items():
-        for target, batches in seen.targets.items():
-            paired = pair(rows, batches)
-            if paired is None:
-                continue
-            features_NF, wanted_N, sample_N, kind = paired
-            try:
-                information = usable_information(
-                    features_NF,
-                    wanted_N,
-                    kind=kind,
-                    groups_N=sample_N,
-                    probe=probe,
-                )
-            except MeasureError as error:
-                seen.refused.append(error)
-                continue
-            found.setdefault(name, {})[target] = information
-    return found
-
-
-def pair(rows: Rows, batches: Sequence[Wanted]) -> tuple[Tensor, Tensor, Tensor, Kind] | None:
-    """Features, targets and samples, row by row, and the kind of target; None where none fit."""
-    space, kind = batches[0].space, batches[0].kind
-    if any(one.space != space for one in batches):
-        return None
-    values = torch.cat([one.values for one in batches]).cpu()
-    if values.shape[1] == 1:
-        sample_S = rows.pooled_sample_S
-        return rows.pooled_SF, values[sample_S, 0], sample_S, kind
-    at_N = _position(rows, space)
-    if at_N is None:
-        return None
-    kept = at_N < values.shape[1]
-    sample_N = rows.sample_N[kept]
-    return rows.features_NF[kept], values[sample_N, at_N[kept]], sample_N, kind
-
-
-def _position(rows: Rows, space: tuple[int, ...]) -> Tensor | None:
-    """Where among the targets' positions each row is; beyond their number: nowhere."""
-    own = rows.space
-    if own == space or (len(own) == len(space) == 1 and own[0] == space[0] + 1):
-        return rows.position_N
-    if len(own) != 2 or len(space) != 2:
-        return None
-    row_N, column_N = rows.position_N // own[1], rows.position_N % own[1]
-    at_row = ((row_N + 0.5) * space[0] / own[0]).long()
-    at_column = ((column_N + 0.5) * space[1] / own[1]).long()
-    return at_row * space[1] + at_column
 
 
 def _usable(seen: Evidence) -> Iterator[Reading]:
@@ -225,6 +158,35 @@ def _snr(seen: Evidence) -> Iterator[Reading]:
             yield from seen.tried(lambda r=rows_MP, n=name: read_gradient_snr(r, n))  # type: ignore[misc]
 
 
+def _taylor(sums_MU: Tensor, _batch_size: int) -> Tensor:
+    return sums_MU.mean(0).abs().mean()
+
+
+def _fisher(sums_MU: Tensor, batch_size: int) -> Tensor:
+    """Without bias: a mean over a batch varies by 1 / batch_size of what single samples do."""
+    variance_U = sums_MU.var(0)
+    parts_U = batch_size * variance_U + sums_MU.mean(0).square() - variance_U / len(sums_MU)
+    return parts_U.mean()
+
+
+def _of_gates(
+    signal: str, unit: str, value: Callable[[Tensor, int], Tensor]
+) -> Callable[[Evidence], Iterator[Reading]]:
+    """A mean over the units of a width, its error by jackknife over micro-batches."""
+
+    def read(sums_MU: Tensor, size: int, at: str) -> Reading:
+        sums_MU = finite_matrix(sums_MU, signal, rows=4)
+        kept = [[m for m in range(len(sums_MU)) if m != skip] for skip in range(len(sums_MU))]
+        error = spread_left_out([float(value(sums_MU[rows], size)) for rows in kept])
+        return Reading(signal, at, float(value(sums_MU, size)), unit, error, len(sums_MU))
+
+    def readings(seen: Evidence) -> Iterator[Reading]:
+        for name, sums_MU in seen.gates.items():
+            yield from seen.tried(lambda s=sums_MU, n=name: read(s, seen.batch_size, n))  # type: ignore[misc]
+
+    return readings
+
+
 def _removal(seen: Evidence) -> Iterator[Reading]:
     """The mean over units of what removing one would cost."""
     for name, sums_MU in seen.gates.items():
@@ -255,6 +217,33 @@ def _plateau(seen: Evidence) -> Iterator[Reading]:
 def _ablation(seen: Evidence) -> Iterator[Reading]:
     if seen.loss_fn is not None and seen.batches and skips(seen.axes):
         yield from ablation_losses(seen.model, seen.loss_fn, seen.batches, seen.axes).values()
+
+
+def _parameters(seen: Evidence) -> Iterator[Reading]:
+    count = float(count_parameters(seen.model))
+    yield Reading("parameters", "model", count, "numbers", 0.0, 1)
+
+
+def _flops(seen: Evidence) -> Iterator[Reading]:
+    value = float(flops_of(seen.axes.traces[0]))
+    yield Reading("flops", "model", value, "operations per sample", 0.0, 1)
+
+
+def _latency(seen: Evidence) -> Iterator[Reading]:
+    """Of the forward that the loss function makes of the first batch."""
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    if seen.loss_fn is None or not seen.batches:
+        return
+    hook = seen.model.register_forward_pre_hook(
+        lambda _model, args, kwargs: given.append((args, kwargs)), with_kwargs=True
+    )
+    try:
+        with undisturbed(seen.model), torch.no_grad():
+            seen.loss_fn(seen.model, seen.batches[0])
+    finally:
+        hook.remove()
+    for args, kwargs in given[:1]:
+        yield read_latency(latency(seen.model, args, kwargs))
 
 
 def _activation_memory(seen: Evidence) -> Iterator[Reading]:
@@ -344,6 +333,16 @@ OTHER_SIGNALS = (
         "than their sum",
     ),
     Signal(
+        "taylor", "nats", "first-order change of the loss by one unit of a width, on average",
+        ("gates",), _of_gates("taylor", "nats", _taylor), "mean of |E s|", "Molchanov et al. 2019",
+        "a trained model, where the first order vanishes; noise adds to it", default=False,
+    ),
+    Signal(
+        "fisher", "nats", "second-order change of the loss by one unit of a width, on average",
+        ("gates",), _of_gates("fisher", "nats", _fisher), "mean of E s^2 over samples",
+        "Theis et al. 2018", "a model far from a minimum", default=False,
+    ),
+    Signal(
         "noise_scale", "samples", "the batch size at which gradient and noise weigh the same",
         ("gradients",), _noise_scale, "tr Cov(g of a sample) / |E g|^2", "McCandlish et al. 2018",
         "ill-conditioned losses, where directions differ",
@@ -365,6 +364,19 @@ OTHER_SIGNALS = (
         "ablation_loss", "nats", "rise of the loss when a layer is skipped", (), _ablation,
         "L(layer skipped) - L, by batch", "Gromov et al. 2024",
         "several layers at once; nothing is repaired", default=False,
+    ),
+    Signal(
+        "parameters", "numbers", "size of the model", (), _parameters, "shared ones once", "",
+        "time and memory",
+    ),
+    Signal(
+        "flops", "operations per sample", "work of one forward", (), _flops,
+        "2 a multiply-add of products, convolutions, attention, recurrences", "",
+        "time: equal FLOPs are not equal seconds",
+    ),
+    Signal(
+        "latency", "seconds", "time of the forward of one batch", (), _latency,
+        "median of 20 calls", "", "other machines, other batch sizes", default=False,
     ),
     Signal(
         "activation_memory", "bytes per sample", "what a step keeps for its backward", (),

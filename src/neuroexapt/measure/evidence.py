@@ -143,11 +143,13 @@ def gather(
             for batch in batches:
                 breathe()
                 samples = batch_size_of(batch)
+                looker.next_batch(samples)
                 with TargetTap(samples) as tap:
                     loss_fn(model, batch)
-                looker.next_batch(samples)
                 if "targets" in needs:
                     _note_targets(aims, batch, targets, tap, samples)
+    # A loss that is called for some batches only cannot be told by sample.
+    aims = {name: found for name, found in aims.items() if len(found) == len(batches)}
     rows, blocks = looker.seen()
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     return Evidence(
@@ -200,6 +202,28 @@ def entries(gradient: Tensor) -> Tensor:
     return flat.float().cpu()
 
 
+class Passing:
+    """A hook that looks and does nothing else; copies and pickles of a model get an empty one.
+
+    Example:
+        >>> import copy
+        >>> hook = Passing(print)
+        >>> hook("seen"), copy.deepcopy(hook)("not seen")
+        seen
+        (None, None)
+    """
+
+    def __init__(self, look: Callable[..., None] | None = None) -> None:
+        self.look = look
+
+    def __call__(self, *given: Any) -> None:
+        if self.look is not None:
+            self.look(*given)
+
+    def __reduce__(self) -> tuple[type[Passing], tuple[()]]:
+        return Passing, ()
+
+
 class Looker:
     """Hooks that keep rows of what passes; used by :func:`gather` and by watched steps."""
 
@@ -214,7 +238,8 @@ class Looker:
         self.blocks = {
             path: (Keeper(pair[0], limit), Keeper(pair[1], limit)) for path, pair in blocks.items()
         }
-        self.first = 0
+        self.first = self.samples = 0
+        self.training_only = False
 
     def _keepers(self) -> list[Keeper]:
         return [*self.widths.values(), *(k for pair in self.blocks.values() for k in pair)]
@@ -248,28 +273,28 @@ class Looker:
                 handles.append(module.register_forward_hook(self._behind(leaving)))
         return handles
 
-    def _before(self, keepers: Sequence[Keeper]) -> Callable[[nn.Module, Any, Any], None]:
-        def look(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._keep(keepers, first_tensor((args, list(kwargs.values()))))
+    def _before(self, keepers: Sequence[Keeper]) -> Passing:
+        return Passing(
+            lambda _module, args, kwargs: self._keep(
+                keepers, first_tensor((args, list(kwargs.values())))
+            )
+        )
 
-        return look
-
-    def _behind(self, keepers: Sequence[Keeper]) -> Callable[[nn.Module, Any, Any], None]:
-        def look(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._keep(keepers, first_tensor(output))
-
-        return look
+    def _behind(self, keepers: Sequence[Keeper]) -> Passing:
+        return Passing(lambda _module, _args, output: self._keep(keepers, first_tensor(output)))
 
     def _keep(self, keepers: Sequence[Keeper], tensor: Tensor | None) -> None:
         if tensor is None or not tensor.is_floating_point():
             return
+        if self.training_only and not torch.is_grad_enabled():
+            return  # an evaluation in the middle of a watched step
         with torch.no_grad():
             for keeper in keepers:
-                keeper.add(tensor, self.first)
+                keeper.add(tensor, self.first, self.samples)
 
     def next_batch(self, samples: int) -> None:
-        """Count the samples of the batch that has passed."""
-        self.first += samples
+        """A batch of so many samples is about to pass."""
+        self.first, self.samples = self.first + self.samples, samples
 
     def seen(self) -> tuple[dict[str, Rows], dict[str, tuple[Rows, Rows]]]:
         """What was kept so far."""

@@ -25,8 +25,10 @@ class Place:
         path: the module.
         entering: its first input, instead of its first output.
         dim: the dimension of units.
-        inner: how many neighbours along it belong to one unit (places of a flattened map).
         units: their number.
+        inner: how many neighbours along it belong to one unit (places of a flattened map).
+        batch: the dimension of samples (with positions behind them, where both are one
+            dimension); None where samples cannot be told apart.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Place:
     dim: int
     units: int
     inner: int = 1
+    batch: int | None = 0
 
 
 def width_places(axes: AxisMap) -> dict[str, Place]:
@@ -46,7 +49,7 @@ def width_places(axes: AxisMap) -> dict[str, Place]:
         >>> from neuroexapt import map_axes
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
         >>> width_places(map_axes(net, (torch.zeros(2, 1, 6, 6),)))["0.out"]
-        Place(name='0.out', path='3', entering=True, dim=1, units=4, inner=16)
+        Place(name='0.out', path='3', entering=True, dim=1, units=4, inner=16, batch=0)
     """
     order = {run.path: run.start for trace in axes.traces for run in reversed(trace.runs)}
     found = [place for width in axes.widths.values() if (place := _place(axes, width))]
@@ -65,8 +68,22 @@ def _place(axes: AxisMap, width: Width) -> Place | None:
             for dim, expr in enumerate(tensors[0]) if tensors else ():
                 inner = _inner(expr, width.name)
                 if dim and inner:
-                    return Place(width.name, path, entering, dim, width.size, inner)
+                    batch = _batch(axes, tensors[0])
+                    return Place(width.name, path, entering, dim, width.size, inner, batch)
     return None
+
+
+def _batch(axes: AxisMap, dims: tuple[Expr, ...]) -> int | None:
+    """The dimension that is the first one of the model's input, by itself or before others."""
+    model = axes.modules.get("")
+    first = model.inputs[0][:1] if model and model.inputs else ()
+    if not first or not isinstance(first[0], Leaf):
+        return 0
+    alone = [at for at, expr in enumerate(dims) if expr == first[0]]
+    if alone:
+        return alone[0]
+    whole = dims[0]
+    return 0 if isinstance(whole, Product) and whole.parts[0] == first[0] else None
 
 
 def _inner(expr: Expr, name: str) -> int | None:
@@ -100,8 +117,12 @@ def block_places(axes: AxisMap) -> dict[str, tuple[Place, Place]]:
         if out is None or out.shape != run.inputs[0].shape or len(out.shape) < 2:
             continue
         dim = 1 if len(out.shape) > 3 else len(out.shape) - 1
-        pair = [Place(path, path, entering, dim, out.shape[dim]) for entering in (True, False)]
-        found[path] = (pair[0], pair[1])
+        batch = _batch(axes, axes.modules[path].inputs[0]) if path in axes.modules else None
+        batch = None if batch == dim else batch
+        one, other = (
+            Place(path, path, entering, dim, out.shape[dim], 1, batch) for entering in (True, False)
+        )
+        found[path] = one, other
     return found
 
 

@@ -36,6 +36,7 @@ class Rows:
             positions first, mean and last of a line and the quarters of a map; of more than 128
             a sketch of 128.
         pooled_sample_S: the sample of each.
+        matched: whether samples are those of the batches; else each row counts as one.
     """
 
     place: Place
@@ -46,6 +47,7 @@ class Rows:
     space: tuple[int, ...]
     pooled_SF: Tensor
     pooled_sample_S: Tensor
+    matched: bool = True
 
     @property
     def scale(self) -> float:
@@ -64,12 +66,14 @@ class Keeper:
         self.values = Reservoir(limit)
         self.pooled = Reservoir(limit)
         self.space: tuple[int, ...] = ()
+        self.matched = True
+        self._alone = 0
         generator = torch.Generator().manual_seed(place.units)
         order = torch.randperm(place.units, generator=generator)
         self.kept = order[:UNITS].sort().values if place.units > UNITS else None
 
-    def add(self, tensor: Tensor, first: int) -> None:
-        """Take a tensor of a batch whose samples are numbered from `first`.
+    def add(self, tensor: Tensor, first: int, samples: int) -> None:
+        """Take a tensor of a batch of so many samples, which are numbered from `first`.
 
         Raises:
             MeasureError: the tensor has no such dimension of units.
@@ -84,8 +88,18 @@ class Keeper:
                 next_step="make the map anew, on an input like these batches",
             )
         spread = tensor.detach().movedim(place.dim, -1)
+        batch = place.batch if place.batch is not None else -1
+        batch -= batch > place.dim
+        if batch > 0:
+            spread = spread.movedim(batch, 0)
         if place.inner > 1:
             spread = spread.unflatten(-1, (place.units, place.inner)).transpose(-1, -2)
+        if batch < 0 or not samples or len(spread) % samples:
+            # Tokens sent to an expert, say: who they belong to is not known.
+            self.matched, spread = False, spread.flatten(0, -2)
+            first, self._alone = self._alone, self._alone + len(spread)
+        elif len(spread) != samples:
+            spread = spread.unflatten(0, (samples, -1))
         self.space = tuple(spread.shape[1:-1])
         self.values.add_from(prod(spread.shape[:-1]), lambda at: self._rows(spread, at, first))
         self._add_pooled(spread, first)
@@ -135,6 +149,7 @@ class Keeper:
             self.space,
             pooled[:, :-1],
             pooled[:, -1].long(),
+            self.matched,
         )
 
 

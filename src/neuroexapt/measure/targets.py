@@ -26,6 +26,7 @@ TargetFn = Callable[[Batch], "Tensor | Mapping[str, Tensor]"]
 _LABELS = ("cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d")
 _MARKS = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 _NUMBERS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss")
+_SIDE = 64
 _KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -98,14 +99,27 @@ def _arranged(kind: Kind, target: Tensor, predicted: torch.Size, samples: int) -
     if target.shape[0] != samples:
         target = target.unflatten(0, (samples, -1))
     if kind == "labels":
+        target = _coarse(target, 1)
         space = tuple(target.shape[1:])
         return Wanted(kind, target.reshape(samples, -1), space if target.dim() > 1 else ())
     if target.dim() <= 2:
         return Wanted(kind, target.reshape(samples, 1, -1).float(), ())
     # Maps have their numbers behind the samples, sequences have them last.
-    last = target.movedim(1, -1) if target.dim() > 3 else target
+    last = _coarse(target, 2).movedim(1, -1) if target.dim() > 3 else target
     values = last.reshape(samples, -1, last.shape[-1])
     return Wanted(kind, values.float(), tuple(last.shape[1:-1]))
+
+
+def _coarse(target: Tensor, first: int) -> Tensor:
+    """Maps, from dimension `first` on, with at most 64 places a side: the nearest ones."""
+    if target.dim() - first < 2:
+        return target
+    for dim in range(first, target.dim()):
+        size = target.shape[dim]
+        if size > _SIDE:
+            at = ((torch.arange(_SIDE) + 0.5) * size / _SIDE).long()
+            target = target.index_select(dim, at.to(target.device))
+    return target
 
 
 def given_targets(batch: Batch, targets: TargetFn | None, samples: int) -> dict[str, Wanted]:

@@ -157,7 +157,7 @@ def activation_memory(model: nn.Module, loss_fn: LossFn, batch: Batch) -> int:
 
 
 def read_activation_memory(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Reading:
-    """`activation_memory` per sample, as a reading without error.
+    """`activation_memory` per sample, as a reading; it is exact, so its error is 0.
 
     Example:
         >>> x = torch.ones(8, 3)
@@ -166,4 +166,4 @@ def read_activation_memory(model: nn.Module, loss_fn: LossFn, batch: Batch) -> R
     """
     samples = batch_size_of(batch)
     value = activation_memory(model, loss_fn, batch) / max(1, samples)
-    return Reading("activation_memory", "model", value, "bytes per sample", None, samples)
+    return Reading("activation_memory", "model", value, "bytes per sample", 0.0, samples)

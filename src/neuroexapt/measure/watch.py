@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from neuroexapt.couple import AxisMap
 from neuroexapt.errors import MeasureError
 from neuroexapt.measure.base import batch_size_of
-from neuroexapt.measure.evidence import CAP, NEEDS, Evidence, Looker, entries
+from neuroexapt.measure.evidence import CAP, NEEDS, Evidence, Looker, Passing, entries
 from neuroexapt.measure.scores import Gates, gates_of, sums_of_gates
 
 EVERY = 50
@@ -92,12 +92,13 @@ class Watch:
         self._unhook()
         self.axes = axes
         self._looker = Looker(self.model, axes, self.needs, self.cap)
+        self._looker.training_only = True
         named = dict(self.model.named_parameters())
         self._gates: Gates = gates_of(axes, named) if "gates" in self.needs else {}
         self._gated = {entry.tensor for parts in self._gates.values() for entry in parts}
         self._rows: dict[str, deque[Tensor]] = {}
         self._sums: dict[str, deque[Tensor]] = {}
-        self._samples = self._batch_size = 0
+        self._batch_size = 0
 
     def step(self) -> None:
         """Count a step; end the watching of this one, or begin that of the next."""
@@ -134,10 +135,9 @@ class Watch:
     def _begin(self) -> None:
         self._seen: dict[str, Tensor] = {}
         self._products: dict[str, Tensor] = {}
-        self._samples = 0
         self._handles = self._looker.hook()
         self._handles.append(
-            self.model.register_forward_pre_hook(self._count_samples, with_kwargs=True)
+            self.model.register_forward_pre_hook(Passing(self._count_samples), with_kwargs=True)
         )
         if not {"gradients", "gates"} & set(self.needs):
             return
@@ -147,9 +147,9 @@ class Watch:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def _count_samples(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        samples = batch_size_of((args, kwargs))
-        self._looker.next_batch(self._samples)
-        self._samples = samples
+        if torch.is_grad_enabled():
+            self._batch_size = batch_size_of((args, kwargs))
+            self._looker.next_batch(self._batch_size)
 
     def _gradient_hook(self, name: str) -> Callable[[Tensor], None]:
         def look(parameter: Tensor) -> None:
@@ -167,8 +167,6 @@ class Watch:
 
     def _finish(self) -> None:
         self._unhook()
-        self._looker.next_batch(self._samples)
-        self._batch_size = self._samples or self._batch_size
         unscale = 1.0 / self.scale()
         for name, row in self._seen.items():
             self._rows.setdefault(name, deque(maxlen=STEPS)).append(row * unscale)
