@@ -11,7 +11,7 @@ marks or numbers).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -160,17 +160,9 @@ def fit(
     whole = _fit_linear(z_ND, target, best.penalty, best)
     if hidden:
         grown = _grow(best, z_ND, target, inner_N, seed)
-        whole = Probe(
-            mean_C,
-            turn_CD,
-            grown.weight_DK,
-            grown.bias_K,
-            grown.spread_K,
-            grown.penalty,
-            grown.hidden,
-        )
-        return whole
-    return Probe(mean_C, turn_CD, whole.weight_DK, whole.bias_K, whole.spread_K, whole.penalty)
+        if grown.hidden is not None:
+            return replace(grown, mean_C=mean_C, turn_CD=turn_CD)
+    return replace(whole, mean_C=mean_C, turn_CD=turn_CD)
 
 
 def _value(probe: Probe, z_ND: Tensor, target: Target) -> float:
@@ -247,7 +239,7 @@ def _grow(linear: Probe, z_ND: Tensor, target: Target, inner_N: Tensor, seed: in
         w, b, f, g, s = (weight.detach().clone() for weight in weights)
         return Probe(linear.mean_C, linear.turn_CD, w, b, spread_K, linear.penalty, (f, g, s))
 
-    best, best_value, waited = now(scale_K), _value(now(scale_K), z_ND[inner_N], target[inner_N]), 0
+    best, best_value, waited = linear, _value(linear, z_ND[inner_N], target[inner_N]), 0
     for _ in range(_EPOCHS):
         order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
         for part in order.split(_BATCH):
