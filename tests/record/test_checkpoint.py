@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.laws.operations import OPERATIONS
+from tests.laws.operations import ON_MASKED, OPERATIONS
 from tests.laws.test_table import row
 from tests.laws.world import NAMES, mapped
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from neuroexapt import (
     Widen,
     apply,
     load,
+    map_axes,
     save,
     transaction,
 )
@@ -127,6 +128,34 @@ def test_every_operation_is_loaded_into_a_model_as_its_factory_builds_it(
         ours, theirs = state_of(again.model), state_of(single.model)
         assert ours == theirs, (operation, [k for k in ours if ours[k] != theirs.get(k)][:5])
     assert done >= len(OPERATIONS) // 3
+
+
+def sequence(draw: random.Random, name: str) -> World:
+    """A model in training with some edits in a row, each at a place drawn among all."""
+    single, choices = world(row(name), mapped(name)), {**OPERATIONS, **ON_MASKED}
+    for _ in range(draw.randrange(2, 6)):
+        axes = map_axes(single.model, single.args, single.kwargs)
+        edits = list(choices[draw.choice(sorted(choices))](axes, single.model))
+        for edit in draw.sample(edits, min(6, len(edits))):
+            try:
+                with transaction(single.model, single.optimizer) as tx:
+                    tx.apply(edit, single.args, single.kwargs, axes=axes)
+            except NeuroExaptError:
+                continue
+            break
+        single.train(draw.randrange(2))
+    return single
+
+
+@pytest.mark.parametrize("seed", range(400 if os.environ.get("NEUROEXAPT_ALL_CHECKPOINTS") else 6))
+def test_any_sequence_is_loaded_and_goes_on(seed: int, tmp_path: Path) -> None:
+    """Edits on edits: masks that are resized, copies of what was pruned, what was removed again."""
+    draw = random.Random(seed)
+    single = sequence(draw, draw.choice(["small_cnn", "gpt_nano", "lstm", "moe", "resnet_basic"]))
+    again = loaded(single, tmp_path)
+    assert state_of(again.model) == state_of(single.model)
+    assert again.train(1) == single.train(1)
+    assert state_of(again.model) == state_of(single.model)
 
 
 # --------------------------------------------------------------------- what a factory cannot know

@@ -190,6 +190,20 @@ def test_a_chain_of_edits_is_one_file(tmp_path: Path) -> None:
     assert done.stdout.split() == ["equal"], done.stderr[-2000:]
 
 
+def test_masks_are_zeros_whatever_is_stored_behind_them(tmp_path: Path) -> None:
+    """An optimizer that mixes entries may fill them; the forward does not see it."""
+    model = net()
+    apply(model, PruneWeights("0.weight", share=0.5), (X,))
+    apply(model, Widen("0", by=2), (X,))
+    with torch.no_grad():
+        dict(model.named_parameters())["0.weight"].add_(1.0)
+    _, weights = write_python(model, tmp_path / "evolved.py")
+    held = torch.load(weights, weights_only=True)
+    assert torch.equal(held["0.weight"], model[0].weight)
+    assert int((held["0.weight"] == 0).sum()) == 16
+    assert not any("nx_mask" in line for line in (tmp_path / "evolved.py").read_text().split())
+
+
 def test_what_a_config_can_say_is_a_pretrained_folder(tmp_path: Path) -> None:
     """Layers narrowed alike are read by the class itself; one alone is refused by name."""
     transformers = pytest.importorskip("transformers")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuroexapt.capture.masks import is_mask
+from neuroexapt.capture.masks import is_mask, mask_of
 from neuroexapt.capture.run import opened
 from neuroexapt.edit import is_branch, original_class
 from neuroexapt.errors import CheckpointError
@@ -65,7 +65,7 @@ def write_python(model: nn.Module, path: str | Path) -> tuple[Path, Path]:
     inner, path = inner_module(model), Path(path)
     held, weights = contents(inner), path.with_suffix(".pt")
     text = source_of(held, original_class(inner), weights.name)
-    values = {name: t.detach().cpu() for name, t in held.tensors.items() if not is_mask(name)}
+    values = {name: t.detach().cpu() for name, t in unmasked(held.tensors).items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(values, weights)
@@ -191,7 +191,7 @@ def write_pretrained(model: nn.Module, folder: str | Path) -> Path:
     kind: Any = original_class(inner)
     with torch.device("meta"):
         plain = kind(copy.deepcopy(config))
-    own = {n: t for n, t in inner.state_dict().items() if not is_mask(n)}
+    own = unmasked(inner.state_dict())
     odd = _first_odd(own, plain.state_dict())
     inserted = [path for path, _ in inner.named_modules() if is_branch(path.rpartition(".")[2])]
     if odd or inserted:
@@ -212,6 +212,19 @@ def write_pretrained(model: nn.Module, folder: str | Path) -> Path:
     except (OSError, RuntimeError) as error:
         raise _refused(folder, error) from error
     return folder
+
+
+def unmasked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as the forward reads them: zero where a mask says so, and no masks.
+
+    An optimizer that mixes entries may have filled what is stored behind a mask.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        mask = tensors.get(mask_of(name))
+        if not is_mask(name):
+            found[name] = tensor if mask is None else tensor.detach() * mask
+    return found
 
 
 def _fill_transient(twin: nn.Module, model: nn.Module) -> None:

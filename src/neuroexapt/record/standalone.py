@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neuroexapt.capture.masks import is_mask
 from neuroexapt.edit import Reader, Spec, StochasticDepth, graft, registered_specs
 from neuroexapt.edit import gates as gate_modules
 from neuroexapt.edit.attend import AttentionSpec
@@ -144,6 +145,8 @@ def _calls(path: str, number: int, entry: Mapping[str, Any]) -> Iterator[str]:
 
 def _call(root: str, change: Mapping[str, Any]) -> str | None:
     do = change["do"]
+    if do == "resize" and is_mask(change["tensor"]):
+        return None
     if do == "resize":
         return f"_resize({root}, {change['tensor']!r}, {tuple(change['after'])})"
     if do == "set":
