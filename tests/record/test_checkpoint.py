@@ -532,3 +532,67 @@ def test_the_last_ones_stay_and_the_newest_is_taken(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000004", "00000005"]
     assert load(lambda: {"model": net()}, tmp_path)["epoch"] == 4
     assert load(lambda: {"model": net()}, tmp_path / "00000003")["epoch"] == 2
+
+
+def test_modules_of_another_class_are_told(tmp_path: Path) -> None:
+    """Weights fit whatever stands between them, and the model would compute something else."""
+    path = save(tmp_path, net())
+
+    def other() -> nn.Sequential:
+        model = net()
+        model[2] = nn.GELU()
+        return model
+
+    with pytest.warns(UserWarning, match="'2' is a GELU, was a ReLU"):
+        load(other, path)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: torch.compile(m, backend="eager"),
+        lambda m: nn.Sequential(*m[:3], nn.utils.parametrizations.weight_norm(m[3])),
+        lambda m: nn.Sequential(nn.utils.prune.random_unstructured(m[0], "weight", 0.5), *m[1:]),
+        lambda m: nn.Sequential(nn.utils.parametrizations.spectral_norm(m[0]), *m[1:]),
+    ],
+    ids=["compiled", "weight norm", "pruned by torch", "spectral norm"],
+)
+def test_what_users_wrap_models_in_is_loaded(wrap: Any, tmp_path: Path) -> None:
+    """Compiled, parametrized, pruned by torch: edited, saved, loaded, the same function."""
+
+    def factory() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return wrap(net())
+
+    model = factory()
+    apply(model, Narrow("*0*out", by=2), (X,))
+    model(X).sum().backward()
+    again = load(factory, save(tmp_path, model))
+    assert type(again) is type(model)
+    for one in (model, again):
+        one.eval()
+    assert torch.equal(again(X), model(X))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+def test_a_run_on_an_accelerator_is_loaded_there_and_on_the_cpu(tmp_path: Path) -> None:
+    """Values go where the factory builds; counters stay where the optimizer wants them."""
+    device = torch.accelerator.current_accelerator()
+
+    def factory(where: Any = device) -> dict[str, Any]:
+        model = net().to(where)
+        return {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+
+    run = factory()
+    apply(run["model"], Widen("0", by=2), (X.to(device),), optimizer=run["optimizer"])
+    apply(run["model"], InsertLayer("2"), (X.to(device),), optimizer=run["optimizer"])
+    run["model"](X.to(device)).sum().backward()
+    run["optimizer"].step()
+    path = save(tmp_path, **run)
+    for where in (device, torch.device("cpu")):
+        again = load(lambda where=where: factory(where), path)
+        assert {p.device.type for p in again["model"].parameters()} == {where.type}
+        again["model"](X.to(where)).sum().backward()
+        again["optimizer"].step()

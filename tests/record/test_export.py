@@ -35,6 +35,7 @@ from neuroexapt import (
     transaction,
 )
 from neuroexapt.cli import app
+from neuroexapt.edit import Edit
 from neuroexapt.errors import CheckpointError
 from neuroexapt.record.export import (
     write_onnx,
@@ -66,8 +67,9 @@ for name, stem in json.load(open(sys.argv[1])):
     args, kwargs, wanted = torch.load(f"{stem}.io", weights_only=True)
     twins = (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))
     with torch.no_grad():
-        same = [torch.equal(zoo.flat(m(*args, **kwargs)), wanted) for m in twins]
-    assert all(same), (stem, same)
+        gaps = [float((zoo.flat(m(*args, **kwargs)) - wanted).abs().max()) for m in twins]
+    # A product with a mask may lie otherwise in memory, and take another kernel.
+    assert max(gaps) <= (1e-5 if "Prune" in stem else 0), (stem, gaps)
     model.train()
     zoo.flat(model(*args, **kwargs)).square().mean().backward()
     print("equal")
@@ -81,7 +83,7 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def edited(name: str, operation: str) -> World | None:
+def edited(name: str, operation: str) -> tuple[Edit, World] | None:
     """A model in training with the first edit of an operation that it takes."""
     single = world(row(name), mapped(name))
     for edit in OPERATIONS[operation](single.axes, single.model):
@@ -90,16 +92,16 @@ def edited(name: str, operation: str) -> World | None:
                 tx.apply(edit, single.args, single.kwargs, axes=single.axes)
         except NeuroExaptError:
             continue
-        return single
+        return edit, single
     return None
 
 
-def cells(names: Any, operations: Any) -> Iterator[tuple[str, World]]:
+def cells(names: Any, operations: Any) -> Iterator[tuple[str, Edit, World]]:
     for name in names:
         for operation in operations:
-            single = edited(name, operation)
-            if single is not None:
-                yield name, single
+            made = edited(name, operation)
+            if made is not None:
+                yield name, *made
 
 
 def outputs(single: World) -> Tensor:
@@ -109,14 +111,14 @@ def outputs(single: World) -> Tensor:
         return zoo.flat(single.model.eval()(*single.args, **single.kwargs))
 
 
-@pytest.mark.parametrize("names", [(name,) for name in NAMES] if ALL else [("small_cnn", "llama")])
+@pytest.mark.parametrize("names", [(name,) for name in NAMES] if ALL else [("small_cnn", "lstm")])
 def test_the_python_file_makes_the_same_model_without_this_library(
     names: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Every operation; outputs bit for bit, copies and pickles too, and it can be trained."""
+    """Every operation; bit for bit but for masks, copies and pickles too, and it can be trained."""
     made = []
-    for number, (name, single) in enumerate(cells(names, OPERATIONS)):
-        stem = str(tmp_path / f"evolved{number}")
+    for number, (name, edit, single) in enumerate(cells(names, OPERATIONS)):
+        stem = str(tmp_path / f"evolved{number}{type(edit).__name__}")
         write_python(single.model, f"{stem}.py")
         torch.save((single.args, dict(single.kwargs), outputs(single)), f"{stem}.io")
         made.append((name, stem))
@@ -137,7 +139,7 @@ def test_the_python_file_makes_the_same_model_without_this_library(
 @pytest.mark.parametrize("name", NAMES if ALL else ["small_cnn"])
 def test_torch_export_makes_the_same_program(name: str, tmp_path: Path) -> None:
     """Saved, read back without the class, equal within 1e-5; the model is left as it was."""
-    for _, single in cells([name], OPERATIONS if ALL else FEW):
+    for _, _, single in cells([name], OPERATIONS if ALL else FEW):
         single.model.train()
         path = write_program(single.model, tmp_path / "evolved.pt2", single.args, single.kwargs)
         assert single.model.training
@@ -154,7 +156,7 @@ def test_onnxruntime_computes_the_same(name: str, tmp_path: Path) -> None:
     """`write_onnx` compares; here it is seen that it can fail."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    for _, single in cells([name], OPERATIONS if ALL else FEW[1:3]):
+    for _, _, single in cells([name], OPERATIONS if ALL else FEW[1:3]):
         assert write_onnx(single.model, tmp_path / "evolved.onnx", single.args, single.kwargs)
 
 

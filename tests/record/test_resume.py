@@ -226,3 +226,19 @@ def test_an_evolver_of_another_model_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="FLOPs at the start"):
         load(begun_smaller, tmp_path)
+
+
+def test_the_optimizer_of_the_evolver_is_saved_without_being_named(tmp_path: Path) -> None:
+    """Left out, training would go on with fresh moments and nobody would see it."""
+    run = factory()
+    train(run, 4)
+    save(tmp_path, run["model"], evolver=run["evolver"], copies=run["copies"])
+
+    def short() -> dict[str, Any]:
+        built = factory()
+        return {"model": built["model"], "evolver": built["evolver"]}
+
+    again = load(short, tmp_path)
+    held = again["evolver"].optimizer.state
+    states = zip(held.values(), run["optimizer"].state.values(), strict=True)
+    assert all(bits(a["exp_avg"]) == bits(b["exp_avg"]) for a, b in states)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from neuroexapt.capture.run import named_tensors
+from neuroexapt.edit import original_class
 from neuroexapt.guard.lineage import lineages
 
 
@@ -22,6 +23,7 @@ class Contents:
         frozen: names of parameters that are not trained.
         transient: names of buffers that are not in ``state_dict``.
         evaluating: paths of the modules in evaluation mode.
+        kinds: class names of the modules, by path, as the user wrote them.
         extra: what modules add to ``state_dict`` by ``get_extra_state``, by path.
     """
 
@@ -30,6 +32,7 @@ class Contents:
     frozen: tuple[str, ...]
     transient: tuple[str, ...]
     evaluating: tuple[str, ...]
+    kinds: Mapping[str, str]
     extra: Mapping[str, Any]
 
 
@@ -48,6 +51,7 @@ def contents(model: nn.Module) -> Contents:
             if module._buffers.get(name) is not None
         ),
         tuple(path for path, module in modules if not module.training),
+        {path: original_class(module).__name__ for path, module in modules},
         {
             path: module.get_extra_state()
             for path, module in modules

@@ -54,7 +54,7 @@ def save(
     Args:
         path: the folder in which checkpoints are numbered; one process writes it.
         model: the model, unwrapped or compiled.
-        optimizer: the optimizer that trains it, or several.
+        optimizer: the optimizer that trains it, or several; by default the evolver's.
         evolver: the evolver, with a trial under way if there is one.
         copies: moving averages and the like; those the evolver follows are saved anyway.
         keep: how many checkpoints stay.
@@ -88,6 +88,8 @@ def save(
             "keep", seen=repr(keep), needed="1 or more checkpoints", next_step="use keep=1"
         )
     with held_back():
+        if optimizer is None and evolver is not None:
+            optimizer = evolver.optimizer
         saving = Saving(inner_module(model), optimizer, evolver, tuple(copies))
         files = saving.files(objects)
         try:

@@ -184,7 +184,10 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name != "posix":
+        return  # other systems bring names to the disk with the files
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

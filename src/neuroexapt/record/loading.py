@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from neuroexapt.capture.run import named_tensors
-from neuroexapt.edit import Reader
+from neuroexapt.edit import Reader, original_class
 from neuroexapt.edit.data import as_dict, as_list, as_text
 from neuroexapt.errors import CheckpointError
 from neuroexapt.guard import Trial, inner_module
@@ -69,6 +70,7 @@ class Structure:
         every = {**self.forms, **{name: self.forms[first] for name, first in self.same.items()}}
         redo.settle(every)
         self._check_ties(model)
+        self._compare_kinds(model)
         frozen = {as_text(n, self.place) for n in as_list(self.data.get("frozen"), self.place)}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter.requires_grad == (name in frozen):
@@ -86,6 +88,20 @@ class Structure:
                     needed="the same tied tensors in the checkpoint and in the model",
                     next_step="tie them in the factory as they were tied for the run",
                 )
+
+    def _compare_kinds(self, model: nn.Module) -> None:
+        """Another class of the same sizes fits and computes something else: that is said."""
+        told = as_dict(self.data.get("modules", {}), f"{self.place}: modules")
+        modules = model.named_modules(remove_duplicate=False)
+        own = {path: original_class(module).__name__ for path, module in modules}
+        odd = [path for path in own if path in told and told[path] != own[path]]
+        if odd:
+            pairs = ", ".join(f"'{p}' is a {own[p]}, was a {str(told[p])[:60]}" for p in odd[:3])
+            warnings.warn(
+                f"the factory builds other modules than were saved: {pairs}"
+                f"{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}",
+                stacklevel=2,
+            )
 
     def fill(self, model: nn.Module) -> None:
         """Values of all tensors, and the mode of each module."""
@@ -114,7 +130,10 @@ class Loading:
         self.parts = parts
         self.model = inner_module(parts["model"])
         self.evolver = parts.get("evolver")
-        self.optimizers = each(parts.get("optimizer"))
+        given = parts.get("optimizer")
+        if given is None and self.evolver is not None:
+            given = self.evolver.optimizer
+        self.optimizers = each(given)
         # Before any edit is made: what leaves the model is no stranger to its optimizer.
         self.outside = [outsiders(self.model, optimizer) for optimizer in self.optimizers]
         followed = () if self.evolver is None else self.evolver.copies

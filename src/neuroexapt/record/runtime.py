@@ -171,7 +171,9 @@ def _grafted(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    return _bare, (type(self)._nx_original,), self.__dict__  # type: ignore[attr-defined]
+    kind: Any = type(self)
+    state = getattr(self, "__getstate__", lambda: self.__dict__)()  # on object since 3.11
+    return _bare, (kind._nx_original,), state
 
 
 def _bare(kind: type[nn.Module]) -> nn.Module:

@@ -195,5 +195,6 @@ def structure(files: Files, file: str, held: Contents) -> dict[str, Any]:
         "frozen": list(held.frozen),
         "transient": list(held.transient),
         "evaluating": list(held.evaluating),
+        "modules": dict(held.kinds),
         "extra": {path: writer.data(state, f"{path}: extra") for path, state in held.extra.items()},
     }
