@@ -36,7 +36,7 @@ from neuroexapt.measure.scores import gate_slopes
 from neuroexapt.measure.targets import TargetFn, TargetTap, Wanted, given_targets
 
 CAP = 16 << 20
-ROWS = 1024
+ROWS = 2048
 ENTRIES = 1024
 NEEDS = ("rows", "targets", "blocks", "gradients", "gates")
 
@@ -95,7 +95,7 @@ def gather(
     batches: Sequence[Batch],
     axes: AxisMap,
     *,
-    needs: Collection[str] = NEEDS,
+    needs: Collection[str] = ("rows", "targets", "gradients", "gates"),
     targets: TargetFn | None = None,
     cap: int = CAP,
 ) -> Evidence:
@@ -227,13 +227,19 @@ class Passing:
 class Looker:
     """Hooks that keep rows of what passes; used by :func:`gather` and by watched steps."""
 
-    def __init__(self, model: nn.Module, axes: AxisMap, needs: Collection[str], cap: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: AxisMap,
+        needs: Collection[str],
+        cap: int,
+        rows: int = ROWS,
+    ) -> None:
         self.model = model
         widths = width_places(axes) if "rows" in needs or "targets" in needs else {}
         blocks = block_places(axes) if "blocks" in needs else {}
         places = [*widths.values(), *(place for pair in blocks.values() for place in pair)]
-        largest = max((place.units for place in places), default=1)
-        limit = min(ROWS, rows_within(cap, len(places), largest))
+        limit = min(rows, rows_within(cap, places))
         self.widths = {name: Keeper(place, limit) for name, place in widths.items()}
         self.blocks = {
             path: (Keeper(pair[0], limit), Keeper(pair[1], limit)) for path, pair in blocks.items()

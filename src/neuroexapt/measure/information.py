@@ -107,16 +107,17 @@ def usable_information(
     """Bits about a target that a probe reads from features, on rows it was not fitted on.
 
     Cross-fitted: each of 4 parts of the samples is predicted by a probe fitted on the other
-    three; its penalty is chosen on a quarter of those. The features are turned to their first 64
-    principal directions. The ``"hidden"`` probe starts as the linear one and adds a hidden layer
-    of 64 units while that helps on the quarter.
+    three; the penalty is chosen on a quarter of the first three. The features are turned to their
+    first 64 principal directions. The ``"hidden"`` probe starts as the linear one and adds a
+    hidden layer of 64 units while that helps on the quarter.
 
     Invariant: unchanged when a feature is scaled or shifted; same numbers for same inputs, no
     global random state is drawn from.
     Bias: too low, by about (number of the probe's weights) / 2N nats for a target that is not
-    nearly certain; the error includes it, as half of what the fit promises on its own rows beyond
-    what it holds on others. Beyond 64 directions, or beyond the probe, it is a lower bound only:
-    of the parity of two signs the linear probe finds nothing, the hidden one the whole bit.
+    nearly certain; with fewer rows than weights (many classes) it may be near 0 whatever is
+    there. The error includes the bias: half of what a fit, of any penalty, promises on its own
+    rows beyond what it holds on others. Beyond 64 directions, or beyond the probe, it is a lower
+    bound only: of the parity of two signs the linear probe finds nothing, the hidden one all.
 
     Args:
         features_NC: what a layer puts out.
@@ -162,7 +163,7 @@ def _cross_fitted(
 ) -> Information:
     rows = len(features_NC)
     gains_N, bare_N = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
-    optimism = 0.0
+    optimism, penalty, doubt = 0.0, None, 0.0
     for part in range(FOLDS):
         held_N = (order % FOLDS == part)[group_N]
         # The samples whose place in the order says so choose the penalty.
@@ -170,7 +171,8 @@ def _cross_fitted(
         if not bool(inner_N.any()) or bool(inner_N.all()):
             inner_N = torch.arange(len(inner_N)) % 4 == 0
         known, seen = target[~held_N], features_NC[~held_N]
-        found = fit(seen, known, inner_N, hidden=hidden)
+        found = fit(seen, known, inner_N, penalty=penalty, hidden=hidden)
+        penalty, doubt = found.penalty, max(doubt, found.doubt)
         out_1K, spread_K = marginal(known)
         bare_N[held_N] = _log(target[held_N], out_1K, spread_K)
         full = log_likelihood(target[held_N], found.outputs(features_NC[held_N]), found.spread_K)
@@ -179,7 +181,7 @@ def _cross_fitted(
         promised = float((own - _log(known, out_1K, spread_K)).mean())
         optimism += (promised - float(gains_N[held_N].mean())) / FOLDS
     bits, sampling = _mean(gains_N, group_N)
-    error = math.hypot(sampling, max(0.0, optimism) / 2)
+    error = math.hypot(sampling, max(optimism / 2, doubt))
     nats = math.log(2)
     return Information(
         bits / nats,

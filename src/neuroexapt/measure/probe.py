@@ -11,6 +11,7 @@ marks or numbers).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 Kind = Literal["labels", "marks", "numbers"]
 
 DIRECTIONS = 64
-_PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4)
+_PENALTIES = (100.0, 10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 _HIDDEN = 64
 _EPOCHS = 30
 _PATIENCE = 4
@@ -91,7 +92,13 @@ def _spread(left_NK: Tensor, used: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A fitted predictor; `penalty` is the one that was chosen, per row."""
+    """A fitted predictor.
+
+    Attributes:
+        penalty: the one that was chosen, per row.
+        doubt: how much more, in nats, a probe of any penalty might find with endless rows; 0 where
+            the penalty was chosen elsewhere.
+    """
 
     mean_C: Tensor
     turn_CD: Tensor
@@ -100,6 +107,7 @@ class Probe:
     spread_K: Tensor
     penalty: float
     hidden: tuple[Tensor, Tensor, Tensor] | None = None
+    doubt: float = 0.0
 
     def outputs(self, features_NC: Tensor) -> Tensor:
         """(N, K): logits, or means."""
@@ -136,7 +144,13 @@ def principal(features_NC: Tensor, limit: int = DIRECTIONS) -> tuple[Tensor, Ten
 
 
 def fit(
-    features_NC: Tensor, target: Target, inner_N: Tensor, *, hidden: bool = False, seed: int = 0
+    features_NC: Tensor,
+    target: Target,
+    inner_N: Tensor,
+    *,
+    penalty: float | None = None,
+    hidden: bool = False,
+    seed: int = 0,
 ) -> Probe:
     """Fit a probe; rows where `inner_N` is True choose the penalty, then take part in the fit.
 
@@ -144,25 +158,41 @@ def fit(
         features_NC: float64.
         target: of the same rows.
         inner_N: rows kept back for the choice.
+        penalty: one that was chosen already.
         hidden: add a hidden layer of 64 units to the linear map, trained until it stops to help.
         seed: of the hidden layer's first weights and its order of rows.
     """
     mean_C, turn_CD = principal(features_NC)
     z_ND = (features_NC - mean_C) @ turn_CD
-    first = _fit_linear(z_ND[~inner_N], target[~inner_N], None, None)
-    best, best_value = first, -math.inf
-    for penalty in _PENALTIES:
-        tried = _fit_linear(z_ND[~inner_N], target[~inner_N], penalty, first)
-        value = _value(tried, z_ND[inner_N], target[inner_N])
-        if value <= best_value:
-            break  # a weaker penalty only fits more noise from here on
-        best, best_value, first = tried, value, tried
+    first = _fit_linear(z_ND, target, None, None)
+    if penalty is not None and not hidden:
+        found = _fit_linear(z_ND, target, penalty, first)
+        return replace(found, mean_C=mean_C, turn_CD=turn_CD)
+    best, doubt = _chosen(z_ND, target, inner_N, _PENALTIES if penalty is None else (penalty,))
     whole = _fit_linear(z_ND, target, best.penalty, best)
     if hidden:
         grown = _grow(best, z_ND, target, inner_N, seed)
         if grown.hidden is not None:
-            return replace(grown, mean_C=mean_C, turn_CD=turn_CD)
-    return replace(whole, mean_C=mean_C, turn_CD=turn_CD)
+            return replace(grown, mean_C=mean_C, turn_CD=turn_CD, doubt=doubt)
+    return replace(whole, mean_C=mean_C, turn_CD=turn_CD, doubt=doubt)
+
+
+def _chosen(
+    z_ND: Tensor, target: Target, inner_N: Tensor, penalties: Sequence[float]
+) -> tuple[Probe, float]:
+    """From strong to weak penalties, each from the last fit; the best on inner rows, and doubt."""
+    known, kept, aim, other = z_ND[~inner_N], z_ND[inner_N], target[~inner_N], target[inner_N]
+    tried = best = _fit_linear(known, aim, None, None)
+    bare = _value(best, known, aim), _value(best, kept, other)
+    best_gain, middle = -math.inf, 0.0
+    for penalty in penalties:
+        tried = _fit_linear(known, aim, penalty, tried)
+        own, gain = _value(tried, known, aim) - bare[0], _value(tried, kept, other) - bare[1]
+        # Half-way between the rows fitted and others is where endless rows would lead.
+        middle = max(middle, (own + gain) / 2)
+        if gain > best_gain:
+            best, best_gain = tried, gain
+    return best, max(0.0, middle - best_gain)
 
 
 def _value(probe: Probe, z_ND: Tensor, target: Target) -> float:
@@ -170,10 +200,10 @@ def _value(probe: Probe, z_ND: Tensor, target: Target) -> float:
 
 
 def _fit_linear(z_ND: Tensor, target: Target, penalty: float | None, start: Probe | None) -> Probe:
-    """The best linear map under a penalty; None: no features at all."""
+    """The best linear map under a penalty; None or infinite: no features at all."""
     size = z_ND.shape[1]
     nothing = z_ND.new_zeros(0)
-    if penalty is None:
+    if penalty is None or math.isinf(penalty):
         out_1K, spread_K = marginal(target)
         zeros = z_ND.new_zeros(size, target.outputs)
         return Probe(nothing, nothing, zeros, out_1K[0].to(z_ND), spread_K.to(z_ND), math.inf)

@@ -6,6 +6,7 @@ C units, S samples, F pooled features.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -32,9 +33,9 @@ class Rows:
         sample_N: the sample that each row belongs to.
         position_N: its position there, row-major over ``space``.
         space: sizes of the dimensions of positions; empty for one row a sample.
-        pooled_SF: features of whole samples: the units themselves, or where a sample has
-            positions first, mean and last of a line and the quarters of a map; of more than 128
-            a sketch of 128.
+        pooled_SF: features of whole samples: the units themselves, all of a map that is read
+            flattened; else, where a sample has positions, first, mean and last of a line and the
+            quarters of a map; of more than 128 a sketch of 128.
         pooled_sample_S: the sample of each.
         matched: whether samples are those of the batches; else each row counts as one.
     """
@@ -93,16 +94,18 @@ class Keeper:
         if batch > 0:
             spread = spread.movedim(batch, 0)
         if place.inner > 1:
-            spread = spread.unflatten(-1, (place.units, place.inner)).transpose(-1, -2)
+            # A view where there is one.
+            spread = spread.reshape(*spread.shape[:-1], place.units, place.inner).transpose(-1, -2)
         if batch < 0 or not samples or len(spread) % samples:
             # Tokens sent to an expert, say: who they belong to is not known.
             self.matched, spread = False, spread.flatten(0, -2)
             first, self._alone = self._alone, self._alone + len(spread)
         elif len(spread) != samples:
-            spread = spread.unflatten(0, (samples, -1))
+            spread = spread.reshape(samples, -1, *spread.shape[1:])
         self.space = tuple(spread.shape[1:-1])
         self.values.add_from(prod(spread.shape[:-1]), lambda at: self._rows(spread, at, first))
-        self._add_pooled(spread, first)
+        whole = spread.flatten(1) if place.inner > 1 and len(self.space) == 1 else None
+        self._add_pooled(spread, first, whole)
 
     def _rows(self, spread: Tensor, at_K: Tensor, first: int) -> Tensor:
         """(K, ...): chosen rows: kept units, sketch of all, sample and position."""
@@ -116,8 +119,10 @@ class Keeper:
         values_KC = units_KC[:, self.kept.to(spread.device)]
         return torch.cat([values_KC, sketched(units_KC), told_K2], 1)
 
-    def _add_pooled(self, spread: Tensor, first: int) -> None:
-        if prod(self.space) == 1:
+    def _add_pooled(self, spread: Tensor, first: int, whole: Tensor | None) -> None:
+        if whole is not None:
+            features = whole
+        elif prod(self.space) == 1:
             features = spread.reshape(len(spread), -1)
         elif len(self.space) == 2:
             maps = spread.movedim(-1, 1)
@@ -173,9 +178,14 @@ def sketched(features_NF: Tensor) -> Tensor:
     return empty.index_add(1, bucket_F, features_NF * sign_F)
 
 
-def rows_within(cap: int, places: int, units: int) -> int:
-    """How many rows of a place fit where so many places share `cap` bytes."""
-    kept = units if units <= UNITS else UNITS + FEATURES
-    bytes_a_row = 4 * (kept + 2 + FEATURES + 1)
+def rows_within(cap: int, places: Iterable[Place]) -> int:
+    """How many rows of each place fit where these share `cap` bytes; 64 at least."""
+    a_row = sum(map(_bytes_a_row, places))
     # A reservoir holds its rows and the newcomers at once.
-    return max(64, cap // (2 * max(1, places) * bytes_a_row))
+    return max(64, cap // (2 * max(1, a_row)))
+
+
+def _bytes_a_row(place: Place) -> int:
+    kept = place.units if place.units <= UNITS else UNITS + FEATURES
+    pooled = min(FEATURES, 4 * place.units * place.inner)
+    return 4 * (kept + 2) + 8 + 4 * (pooled + 1) + 8

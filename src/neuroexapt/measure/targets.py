@@ -97,7 +97,7 @@ def _arranged(kind: Kind, target: Tensor, predicted: torch.Size, samples: int) -
     if not samples or target.dim() == 0 or target.shape[0] % samples:
         return None
     if target.shape[0] != samples:
-        target = target.unflatten(0, (samples, -1))
+        target = target.reshape(samples, -1, *target.shape[1:])
     if kind == "labels":
         target = _coarse(target, 1)
         space = tuple(target.shape[1:])

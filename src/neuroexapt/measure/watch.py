@@ -24,6 +24,7 @@ from neuroexapt.measure.scores import Gates, gates_of, sums_of_gates
 
 EVERY = 50
 STEPS = 16
+ROWS = 1024
 
 
 class Watch:
@@ -91,7 +92,7 @@ class Watch:
         """Start over with the map of an edited model; what was seen before is forgotten."""
         self._unhook()
         self.axes = axes
-        self._looker = Looker(self.model, axes, self.needs, self.cap)
+        self._looker = Looker(self.model, axes, self.needs, self.cap, ROWS)
         self._looker.training_only = True
         named = dict(self.model.named_parameters())
         self._gates: Gates = gates_of(axes, named) if "gates" in self.needs else {}
