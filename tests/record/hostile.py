@@ -310,6 +310,8 @@ def _outcome(read: Callable[[], Any], told: str) -> str:
     try:
         read()
     except RecordError as error:
+        if isinstance(error.__cause__, MemoryError) or "allocate" in str(error):
+            raise AssertionError(f"{told}: memory was asked for: {error}") from error
         if len(str(error)) > 3000:
             raise AssertionError(f"{told}: a message of {len(str(error))} letters") from error
         return type(error).__name__

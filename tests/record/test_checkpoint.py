@@ -547,6 +547,39 @@ def test_modules_of_another_class_are_told(tmp_path: Path) -> None:
         load(other, path)
 
 
+class Caching(nn.Module):
+    """A table that grows with the longest input so far, and one that the first forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(2.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > len(self.table):
+            self.register_buffer("table", torch.arange(float(len(x))), persistent=False)
+            self.register_buffer("made", torch.ones(()), persistent=False)
+        return self.fc(x) * self.table[: len(x), None]
+
+
+def test_caches_that_forwards_made_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    """They are buffers of another shape than a fresh model has, and no edit made them."""
+    model = Caching()
+    model(X)
+    path = save(tmp_path, model)
+    again = load(Caching, path)
+    assert torch.equal(again.table, model.table)
+    assert torch.equal(again(X), model(X))
+    fresh = save(tmp_path, Caching())
+
+    def used() -> Caching:
+        built = Caching()
+        built(X)
+        return built
+
+    assert len(load(used, fresh).table) == 2
+
+
 @pytest.mark.parametrize(
     "wrap",
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,7 @@ def contents(model: nn.Module) -> Contents:
         lineages(model),
         named_tensors(model),
         tuple(name for name, parameter in parameters if not parameter.requires_grad),
-        tuple(
-            f"{path}.{name}".lstrip(".")
-            for path, module in modules
-            for name in module._non_persistent_buffers_set
-            if module._buffers.get(name) is not None
-        ),
+        tuple(transient_buffers(model)),
         tuple(path for path, module in modules if not module.training),
         {path: original_class(module).__name__ for path, module in modules},
         {
@@ -58,3 +53,11 @@ def contents(model: nn.Module) -> Contents:
             if type(module).get_extra_state is not nn.Module.get_extra_state
         },
     )
+
+
+def transient_buffers(model: nn.Module) -> Iterator[str]:
+    """Names of the buffers that are not in ``state_dict``."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in sorted(module._non_persistent_buffers_set):
+            if module._buffers.get(name) is not None:
+                yield f"{path}.{name}".lstrip(".")

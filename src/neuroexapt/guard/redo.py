@@ -8,7 +8,7 @@ however large the numbers in it, takes memory that the file behind it does not h
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from neuroexapt.edit.copies import CopySpec
 from neuroexapt.edit.data import as_count, as_dict, as_list, as_shape, as_text
 from neuroexapt.edit.graft import PASS
 from neuroexapt.errors import CheckpointError
+from neuroexapt.guard.contents import transient_buffers
 from neuroexapt.guard.forms import Form, empty, strides
 from neuroexapt.guard.holders import check_swappable
 from neuroexapt.guard.hooked import drop_graphs
@@ -277,29 +278,39 @@ class Redo:
     def decay(self, at: str, change: Mapping[str, Any], place: str) -> None:
         """Weight decay is the optimizer's: its own record has it."""
 
-    def settle(self, forms: Mapping[str, Form]) -> None:
+    def settle(self, forms: Mapping[str, Form], transient: Collection[str] = ()) -> None:
         """Give every tensor its final form, on the device where it belongs, without values.
+
+        Buffers that no state dict holds are often caches, made and resized by forwards: one that
+        the model does not have yet, or has in another shape, is no contradiction.
+
+        Args:
+            forms: the form of every tensor by name.
+            transient: which of these were in no state dict.
 
         Raises:
             CheckpointError: names or shapes are others than those of the model.
         """
-        named = named_tensors(self.model)
-        odd = sorted(named.keys() ^ forms.keys())
+        named, own = named_tensors(self.model), set(transient_buffers(self.model))
+        odd = sorted(
+            (named.keys() - forms.keys() - own) | (forms.keys() - named.keys() - {*transient})
+        )
         if odd:
             there = "in the model" if odd[0] in named else "in the checkpoint"
             count = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
             raise _unlike(odd[0], f"a tensor that is {there} alone{count}")
         for name, tensor in named.items():
-            self._settle(name, tensor, forms[name])
+            if name in forms:
+                self._settle(name, tensor, forms[name], free=name in own)
         renew(self.ledger, recurrent_owners(self.model, named.values()))
 
-    def _settle(self, name: str, tensor: Tensor, form: Form) -> None:
-        if tuple(tensor.shape) != form.shape:
+    def _settle(self, name: str, tensor: Tensor, form: Form, *, free: bool) -> None:
+        if tuple(tensor.shape) != form.shape and not free:
             raise _unlike(
                 name, f"shape {form.shape} in the file, {tuple(tensor.shape)} in the model"
             )
         inserted = any(is_branch(part) for part in name.split("."))
-        if tensor.dtype != form.dtype and not inserted:
+        if tensor.dtype != form.dtype and not (inserted or free):
             raise CheckpointError(
                 name,
                 seen=f"{form.dtype} in the file, {tensor.dtype} in the model",
@@ -308,8 +319,8 @@ class Redo:
             )
         device = self.homes.get(id(tensor), tensor.device)
         device = torch.device("cpu") if device.type == "meta" else device
-        same = (tensor.device, tensor.dtype, tensor.stride()) == (device, form.dtype, strides(form))
-        if not same:
+        like = Form(tuple(tensor.shape), tensor.dtype, tensor.stride())
+        if (tensor.device, like) != (device, Form(form.shape, form.dtype, strides(form))):
             new = empty(form, device)
             check_swappable({name: tensor})
             swap(self.ledger, tensor, alike(tensor, new), name)

@@ -68,7 +68,8 @@ class Structure:
         redo = Redo(ledger, model, most)
         redo.entries(self.edits())
         every = {**self.forms, **{name: self.forms[first] for name, first in self.same.items()}}
-        redo.settle(every)
+        transient = as_list(self.data.get("transient"), f"{self.place}: transient")
+        redo.settle(every, {as_text(name, self.place) for name in transient})
         self._check_ties(model)
         self._compare_kinds(model)
         frozen = {as_text(n, self.place) for n in as_list(self.data.get("frozen"), self.place)}
@@ -107,7 +108,7 @@ class Structure:
         """Values of all tensors, and the mode of each module."""
         named = named_tensors(model)
         with self.opened.tensors(self.file, self.forms) as held, torch.no_grad():
-            for name in self.forms:
+            for name in self.forms.keys() & named.keys():
                 named[name].copy_(held.stored(name))
         evaluating = set(as_list(self.data.get("evaluating"), self.place))
         extra = as_dict(self.data.get("extra"), f"{self.place}: extra")
