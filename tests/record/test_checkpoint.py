@@ -44,7 +44,7 @@ from neuroexapt.testing.snapshot import bits
 from neuroexapt.testing.world import World, world
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-SLICE = ("small_cnn", "gpt_nano", "lstm", "moe")
+SLICE = ("small_cnn", "lstm")
 MODELS = NAMES if os.environ.get("NEUROEXAPT_ALL_CHECKPOINTS") else SLICE
 
 
