@@ -24,7 +24,7 @@ from neuroexapt.capture import capture
 from neuroexapt.edit import Widen
 from neuroexapt.guard import Applied
 from neuroexapt.measure import HoldoutScore, Reading, count_parameters
-from neuroexapt.plan import Candidate, Decision, Limits, Settings
+from neuroexapt.plan import Candidate, Decision, Limits, Settings, State
 from neuroexapt.record import Journal, read_journal, write_report
 from neuroexapt.train.chronicle import Chronicle
 
@@ -326,7 +326,8 @@ def long_run(mutations: int) -> list[dict[str, Any]]:
     chronicle = Chronicle(
         None, model, lambda: capture(model, (torch.zeros(1, model[0].in_features),))
     )
-    chronicle.start(1000, Limits(10**6, None), Settings(epochs=mutations))
+    state = State(count_parameters(model), 1000)
+    chronicle.start(1000, Limits(10**6, None), Settings(epochs=mutations), state)
     chosen = torch.Generator().manual_seed(0)
     for epoch in range(1, mutations + 1):
         chronicle.epoch_number, chronicle.step = epoch, 100 * epoch

@@ -371,6 +371,12 @@ def test_a_resumed_run_is_one_story(tmp_path: Path) -> None:
     assert f"{model(16)['parameters']:,} →" in page.text
 
 
+def test_a_run_resumed_from_a_checkpoint_says_so(tmp_path: Path) -> None:
+    """A ``resume`` after an ``end`` means that the run goes on."""
+    _, page = render([*full_run(), {"event": "resume", "back_to": 9}], tmp_path)
+    assert "Unfinished, started 2 times (resumed)" in page.text
+
+
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
     """Thousands of epochs and hundreds of mutations give a page of a few megabytes."""
     with Journal(None) as journal:

@@ -77,7 +77,7 @@ def card(decision: Decision, place: int = 0, *, closed: bool = False) -> Html:
         f'<p class="soft">{_when(proposal or verdict)}</p>',
         f"<p>{escape(text(proposal.get('reason'), 'No reason was recorded.'))}</p>",
         facts(_edit(proposal)),
-        _readings(proposal),
+        _readings(decision),
         _effects(decision),
         facts(_outcome(decision)),
     ]
@@ -114,8 +114,8 @@ def _edit(proposal: Event) -> list[tuple[str, Cell]]:
     return pairs
 
 
-def _readings(proposal: Event) -> Html:
-    readings = mappings(proposal.get("readings"))
+def _readings(decision: Decision) -> Html:
+    readings = mappings(decision.proposal.get("readings"))
     if not readings:
         return note("No readings were recorded for this decision.")
     rows = [
@@ -130,7 +130,7 @@ def _readings(proposal: Event) -> Html:
         for reading in readings
     ]
     heads = ["signal", "at", "value ± error", "samples"]
-    return Html(f"<h4>Readings</h4>{table('Readings', heads, rows, texts=2)}")
+    return Html(f"<h4>Readings</h4>{table(f'Readings for {decision.label}', heads, rows, texts=2)}")
 
 
 def _measured(reading: Event) -> str:
@@ -147,7 +147,7 @@ def _effects(decision: Decision) -> Html:
         for name, label in _EFFECTS
     ]
     heads = ["change in", "predicted", "realised"]
-    return Html(f"<h4>Effect</h4>{table('Predicted and realised effect', heads, rows)}")
+    return Html(f"<h4>Effect</h4>{table(f'Effect of {decision.label}', heads, rows)}")
 
 
 def _outcome(decision: Decision) -> list[tuple[str, Cell]]:

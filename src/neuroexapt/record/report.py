@@ -213,7 +213,7 @@ def _comparison(runs: Sequence[Figures]) -> Html:
     if len(runs) < 2:
         rest = "" if "test_accuracy" in shown else f" The test set was {MISSING}."
         return section("Compared", note(f"This run is compared with no other.{rest}"))
-    heads = ["", *(run.name for run in runs)]
+    heads = ["figure", *(run.name for run in runs)]
     rows = [
         Row(cells=[FIGURES[name][0], *(_beside(run, runs[0], name) for run in runs)])
         for name in shown

@@ -135,6 +135,9 @@ def read_story(events: Iterable[Event], name: str = "evolved") -> Story:
             story.starts += 1
             story.start = story.start or event
             story.end = {}
+        elif kind == "resume":
+            story.starts += 1
+            story.end = {}
         elif kind == "end":
             story.end = event
         elif kind == "epoch" and step is not None:
