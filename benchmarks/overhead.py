@@ -10,13 +10,13 @@ tensors and by the peak of the process.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,7 +155,9 @@ def watching(name: str, steps: int) -> None:
         f"held by the watch           {watch.held_bytes() / 2**20:7.2f} MiB, "
         f"{100 * watch.held_bytes() / training:.2f} % of the training's {training / 2**20:.1f}"
     )
-    peaks = {kind: _peak(name, kind) for kind in ("plain", "watched")}
+    kinds = ("plain", "watched")
+    rounds = [{kind: _peak(name, kind) for kind in kinds} for _ in range(3)]
+    peaks = {kind: statistics.median(one[kind] for one in rounds) for kind in kinds}
     more = peaks["watched"] - peaks["plain"]
     print(
         f"peak of the process         {more / 2**20:7.2f} MiB more, "
@@ -176,7 +178,9 @@ def peak(name: str, kind: str) -> None:
     batches = task.batches()
     for number in range(110):
         arm.seconds(batches[number % len(batches)])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    # Not `ru_maxrss`: that of a new process begins with what its parent had.
+    status = Path("/proc/self/status").read_text()
+    print(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
 
 
 def evolving(steps: int) -> None:

@@ -560,6 +560,33 @@ def test_watching_under_autocast_and_checkpointing_goes_through() -> None:
     watch.close()
 
 
+def test_a_watch_does_not_stop_a_training_whose_inputs_change() -> None:
+    """Longer sequences than the map knows, a model without a tensor as input: it says so."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(48, 2)
+
+        def forward(self, rows: Any) -> Tensor:
+            x = rows if isinstance(rows, Tensor) else torch.zeros(2, 8, 4)
+            hidden = torch.relu(self.up(x)).transpose(1, 2).flatten(1)
+            return self.down(F.pad(hidden, (0, 48 - hidden.shape[1])))
+
+    model = Padded()
+    watch = Watch(model, map_axes(model, (drawn(4, 8, 4),)), every=1)
+    watch.step()
+    for given in (drawn(4, 8, 4), drawn(4, 6, 4), "no tensor", drawn(4, 8, 4)):
+        model(given).square().mean().backward()
+        watch.step()
+    seen = watch.evidence()
+    assert seen.batch_size == 4
+    assert watch.held_bytes() < 1 << 20
+    assert {error.place for error in seen.refused} >= {"batch size"}
+    assert read_signals(seen, ["noise_scale"])
+    watch.close()
+
+
 def test_gathering_disturbs_nothing_even_when_it_fails() -> None:
     """On a model that changes as much as a forward may; with an exception out of it too."""
     model = restless()

@@ -246,6 +246,7 @@ class Looker:
         }
         self.first = self.samples = 0
         self.training_only = False
+        self.refused: dict[str, MeasureError] = {}
 
     def _keepers(self) -> list[Keeper]:
         return [*self.widths.values(), *(k for pair in self.blocks.values() for k in pair)]
@@ -296,7 +297,13 @@ class Looker:
             return  # an evaluation in the middle of a watched step
         with torch.no_grad():
             for keeper in keepers:
-                keeper.add(tensor, self.first, self.samples)
+                try:
+                    keeper.add(tensor, self.first, self.samples)
+                except MeasureError as error:
+                    if not self.training_only:
+                        raise
+                    # An input of another size must not stop a training that runs well with it.
+                    self.refused[keeper.place.name] = error
 
     def next_batch(self, samples: int) -> None:
         """A batch of so many samples is about to pass."""

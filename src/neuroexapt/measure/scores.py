@@ -152,8 +152,10 @@ def gate_slopes(
     with undisturbed(model), visible_products(model), _open(parameters[n] for n in only):
         model.eval()
         for grads in gradients(model, loss_fn, batches, only=only):
-            products = {n: grads[n] * parameters[n].detach() for n in only}
-            for name, sums_U in sums_of_gates(axes, gates, products).items():
+            sums: dict[tuple[str, int], Tensor] = {}
+            for name in only:
+                sums.update(sums_along(gates, name, grads[name], parameters[name].detach()))
+            for name, sums_U in sums_of_gates(axes, gates, sums).items():
                 rows[name].append(sums_U)
     return {name: torch.stack(found) for name, found in rows.items() if found}
 
@@ -172,32 +174,32 @@ def gates_of(
     return {name: entries for name, entries in gates.items() if entries}
 
 
-def sums_of_gates(axes: AxisMap, gates: Gates, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """(U,) by width: slope of the loss by each gate, from gradients times their parameters."""
-    sums: dict[tuple[str, int], Tensor] = {}
-    return {
-        name: _gate_sums(products, sums, entries, axes.widths[name].size)
-        for name, entries in gates.items()
-    }
+def sums_of_gates(
+    axes: AxisMap, gates: Gates, sums: Mapping[tuple[str, int], Tensor]
+) -> dict[str, Tensor]:
+    """(U,) by width: slope of the loss by each gate; ``sums`` are those of :func:`sums_along`."""
+    slopes = {}
+    for name, entries in gates.items():
+        total_U = torch.zeros(axes.widths[name].size, dtype=torch.float64)
+        for entry in entries:
+            total_U.index_add_(0, entry.units, sums[entry.tensor, entry.dim][entry.positions])
+        slopes[name] = total_U
+    return slopes
 
 
-def _gate_sums(
-    products: Mapping[str, Tensor],
-    sums: dict[tuple[str, int], Tensor],
-    entries: Sequence[_Entries],
-    units: int,
-) -> Tensor:
-    total_U = torch.zeros(units, dtype=torch.float64)
-    for entry in entries:
-        at = entry.tensor, entry.dim
-        if at not in sums:
-            product = products[entry.tensor]
-            other = [dim for dim in range(product.dim()) if dim != entry.dim]
-            wide = torch.float32 if product.device.type == "mps" else torch.float64
-            flat = product.sum(other, dtype=wide) if other else product
-            sums[at] = flat.double().cpu() if wide is torch.float64 else flat.cpu().double()
-        total_U.index_add_(0, entry.units, sums[at][entry.positions])
-    return total_U
+def sums_along(
+    gates: Gates, tensor: str, gradient: Tensor, parameter: Tensor
+) -> dict[tuple[str, int], Tensor]:
+    """Gradient times parameter, summed over all but each dimension that a gate looks at."""
+    dims = {e.dim for entries in gates.values() for e in entries if e.tensor == tensor}
+    found = {}
+    product = gradient * parameter if dims else gradient
+    for dim in dims:
+        other = [d for d in range(product.dim()) if d != dim]
+        wide = torch.float32 if product.device.type == "mps" else torch.float64
+        flat = product.sum(other, dtype=wide) if other else product
+        found[tensor, dim] = flat.double().cpu() if wide is torch.float64 else flat.cpu().double()
+    return found
 
 
 def _gate(axes: AxisMap, width: Width) -> Iterator[_Entries]:

@@ -20,7 +20,7 @@ from neuroexapt.couple import AxisMap
 from neuroexapt.errors import MeasureError
 from neuroexapt.measure.base import batch_size_of
 from neuroexapt.measure.evidence import CAP, NEEDS, Evidence, Looker, Passing, entries
-from neuroexapt.measure.scores import Gates, gates_of, sums_of_gates
+from neuroexapt.measure.scores import Gates, gates_of, sums_along, sums_of_gates
 
 EVERY = 50
 STEPS = 16
@@ -37,6 +37,7 @@ class Watch:
     Gradients are read as backward leaves them, before clipping; of several backward passes in
     one step the sum counts. Parameters move between watched steps, so their scatter is noise plus
     a little of that. A compiled model runs past hooks on its modules: only gradients are seen.
+    What cannot be read in a step is left out, with the reason in ``evidence().refused``.
 
     Args:
         model: the model, not wrapped.
@@ -96,7 +97,6 @@ class Watch:
         self._looker.training_only = True
         named = dict(self.model.named_parameters())
         self._gates: Gates = gates_of(axes, named) if "gates" in self.needs else {}
-        self._gated = {entry.tensor for parts in self._gates.values() for entry in parts}
         self._rows: dict[str, deque[Tensor]] = {}
         self._sums: dict[str, deque[Tensor]] = {}
         self._batch_size = 0
@@ -131,11 +131,12 @@ class Watch:
             gradients={name: torch.stack(list(held)) for name, held in self._rows.items()},
             sizes={name: p.numel() for name, p in self.model.named_parameters()},
             gates={name: torch.stack(list(held)) for name, held in self._sums.items()},
+            refused=list(self._looker.refused.values()),
         )
 
     def _begin(self) -> None:
         self._seen: dict[str, Tensor] = {}
-        self._products: dict[str, Tensor] = {}
+        self._along: dict[tuple[str, int], Tensor] = {}
         self._handles = self._looker.hook()
         self._handles.append(
             self.model.register_forward_pre_hook(Passing(self._count_samples), with_kwargs=True)
@@ -148,9 +149,14 @@ class Watch:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def _count_samples(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled():
-            self._batch_size = batch_size_of((args, kwargs))
-            self._looker.next_batch(self._batch_size)
+        if not torch.is_grad_enabled():
+            return
+        try:
+            samples = batch_size_of((args, kwargs))
+        except MeasureError as error:  # no tensor goes in: rows belong to nobody
+            samples, self._looker.refused[""] = 0, error
+        self._batch_size = max(self._batch_size, samples)
+        self._looker.next_batch(samples)
 
     def _gradient_hook(self, name: str) -> Callable[[Tensor], None]:
         def look(parameter: Tensor) -> None:
@@ -161,8 +167,7 @@ class Watch:
                 dense = gradient.to_dense() if gradient.is_sparse else gradient
                 if "gradients" in self.needs:
                     self._seen[name] = entries(dense)
-                if name in self._gated:
-                    self._products[name] = dense * parameter
+                self._along.update(sums_along(self._gates, name, dense, parameter))
 
         return look
 
@@ -174,11 +179,11 @@ class Watch:
         whole = {
             name: parts
             for name, parts in self._gates.items()
-            if all(entry.tensor in self._products for entry in parts)
+            if all((entry.tensor, entry.dim) in self._along for entry in parts)
         }
-        for name, sums_U in sums_of_gates(self.axes, whole, self._products).items():
+        for name, sums_U in sums_of_gates(self.axes, whole, self._along).items():
             self._sums.setdefault(name, deque(maxlen=STEPS)).append(sums_U * unscale)
-        self._seen, self._products = {}, {}
+        self._seen, self._along = {}, {}
 
     def _unhook(self) -> None:
         for handle in self._handles:
