@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neuroexapt.capture import Trace
 from neuroexapt.capture.interrupts import breathe, held_back
@@ -25,6 +25,7 @@ from neuroexapt.guard.ledger import Ledger
 from neuroexapt.guard.lineage import remember
 from neuroexapt.guard.memory import activation_bytes, check_room, forecast
 from neuroexapt.guard.optimizer import check_optimizer
+from neuroexapt.guard.seeding import SecondMoments, check_policy, new_entries, seed_moments
 from neuroexapt.guard.several import Optimizers, as_one
 from neuroexapt.guard.statistics import LossFn, renew_statistics
 from neuroexapt.guard.verify import behaviour, verify
@@ -70,13 +71,16 @@ class Transaction:
         *,
         copies: Iterable[nn.Module] = (),
         memory: int | None = None,
+        second_moments: SecondMoments = "siblings",
     ) -> None:
+        check_policy(second_moments)
         self.model = inner_module(model)
         self._compiled = _is_compiled(model)
         self.given = tuple(copies)
         self.copies = inner_copies(self.model, self.given)
         self.optimizer = as_one(optimizer)
         self.memory = memory
+        self.second_moments = second_moments
         self.ledger = Ledger()
         check_optimizer(self.model, self.optimizer)
 
@@ -133,6 +137,7 @@ class Transaction:
         parameters = _count(self.model)
         configs = owners(self.model)
         breathe()
+        new = {} if self.second_moments == "siblings" else new_entries(self.model, patch)
         mark = len(self.ledger)
         try:
             write(self.ledger, self.model, self.optimizer, patch)
@@ -141,6 +146,7 @@ class Transaction:
             check = partial(self._check_activations, axes.traces, edit)
             difference = verify(self.model, args, kwargs, before, patch, check)
             breathe()
+            self._seed(new)
             for copy in self.copies:
                 self._write_remembered(copy, None, _for_copy(edit, axes, patch, copy))
             behind = len(self.ledger)
@@ -159,6 +165,13 @@ class Transaction:
             time.perf_counter() - started,
             notes,
         )
+
+    def _seed(self, new: Mapping[str, Tensor]) -> None:
+        """What is measured of new entries sets their second moments, if the user wants it so."""
+        if self.second_moments != "siblings" and self.optimizer is not None and new:
+            breathe()
+            squares = self.second_moments(self.model)
+            seed_moments(self.ledger, self.optimizer, self.model, new, squares)
 
     def _check_memory(self, patch: Patch, edit: Edit) -> None:
         optimizers = [] if self.optimizer is None else [self.optimizer]
@@ -236,6 +249,7 @@ def transaction(
     *,
     copies: Iterable[nn.Module] = (),
     memory: int | None = None,
+    second_moments: SecondMoments = "siblings",
 ) -> Transaction:
     """A block in which edits are made together or not at all.
 
@@ -250,6 +264,9 @@ def transaction(
             edit by name, on its own weights.
         memory: bytes that an edit may add, to the weights and optimizer while it is made and to
             the activations of a step; by default what the device has free.
+        second_moments: where the optimizer's second moments of new entries start:
+            ``"siblings"``, the mean of their siblings', or measured, by
+            ``neuroexapt.measure.Probe(loss_fn, batches)``.
 
     Raises:
         GuardError: the model is wrapped for distributed training, the optimizer is not its, or a
@@ -266,7 +283,9 @@ def transaction(
         ...     print(net[0].out_features)
         8
     """
-    return Transaction(model, optimizer, copies=copies, memory=memory)
+    return Transaction(
+        model, optimizer, copies=copies, memory=memory, second_moments=second_moments
+    )
 
 
 def apply(
@@ -277,6 +296,7 @@ def apply(
     *,
     optimizer: Optimizers = None,
     copies: Iterable[nn.Module] = (),
+    second_moments: SecondMoments = "siblings",
 ) -> Applied:
     """Make one edit: planned, written, verified, and taken back bit for bit if anything fails.
 
@@ -290,6 +310,7 @@ def apply(
         kwargs: keyword example input.
         optimizer: the optimizer that trains the model, or several.
         copies: moving averages and the like, which follow; see :func:`transaction`.
+        second_moments: of new entries in the optimizer; see :func:`transaction`.
 
     Raises:
         NeuroExaptError: the edit was not made; the subclass says why. The model is untouched.
@@ -302,7 +323,7 @@ def apply(
         >>> done.parameters_before, done.parameters_after
         (58, 86)
     """
-    with transaction(model, optimizer, copies=copies) as tx:
+    with transaction(model, optimizer, copies=copies, second_moments=second_moments) as tx:
         return tx.apply(edit, args, kwargs)
 
 

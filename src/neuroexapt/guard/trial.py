@@ -19,6 +19,7 @@ from neuroexapt.errors import GuardError
 from neuroexapt.guard.by_name import Held, each, held_by
 from neuroexapt.guard.contents import Contents, contents
 from neuroexapt.guard.ledger import Ledger
+from neuroexapt.guard.seeding import SecondMoments
 from neuroexapt.guard.several import Optimizers
 from neuroexapt.guard.statistics import LossFn
 from neuroexapt.guard.storing import Place, stored
@@ -37,6 +38,7 @@ class Trial:
         optimizer: the optimizer that trains it, or several.
         copies: moving averages, teachers and the like, which follow each edit.
         memory: bytes an edit may add; see :func:`transaction`.
+        second_moments: of new entries in the optimizer; see :func:`transaction`.
         place: where the snapshot waits: ``"device"``, ``"cpu"``, a directory, or ``"auto"``
             (beside the model unless its device is tight).
         limit: the most bytes the snapshot may take.
@@ -59,10 +61,13 @@ class Trial:
         *,
         copies: Iterable[nn.Module] = (),
         memory: int | None = None,
+        second_moments: SecondMoments = "siblings",
         place: Place = "auto",
         limit: int | None = None,
     ) -> None:
-        self._transaction = Transaction(model, optimizer, copies=copies, memory=memory)
+        self._transaction = Transaction(
+            model, optimizer, copies=copies, memory=memory, second_moments=second_moments
+        )
         self._before: _Moment | None = None
         self._place, self._limit = place, limit
 

@@ -101,7 +101,7 @@ from neuroexapt.measure.registry import (
     signals,
 )
 from neuroexapt.measure.removal import removal_loss
-from neuroexapt.measure.sampling import activations, gradients
+from neuroexapt.measure.sampling import Probe, activations, gradients
 from neuroexapt.measure.scores import gate_slopes, unit_scores
 from neuroexapt.measure.similarity import (
     branch_ratio,
@@ -142,6 +142,7 @@ __all__ = [
     "LayerRow",
     "LossFn",
     "Node",
+    "Probe",
     "ReaderInputs",
     "Reading",
     "Signal",

@@ -6,6 +6,7 @@ Shapes in names: N rows (samples times positions), C units.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -108,6 +109,44 @@ def _gradient(
 
 def _refuse(place: str, seen: str, needed: str, next_step: str) -> NoReturn:
     raise MeasureError(place, seen=seen, needed=needed, next_step=next_step)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Squared gradients of a model, to be measured when they are asked for.
+
+    Args:
+        loss_fn: ``loss_fn(model, batch)``, the mean loss of the batch.
+        batches: re-iterable batches of the size used in training.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> batches = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])]
+        >>> probe = Probe(lambda model, x: model(x).mean(), batches)
+        >>> probe(layer)["weight"].tolist()
+        [[5.0, 10.0]]
+    """
+
+    loss_fn: LossFn
+    batches: Iterable[Batch]
+
+    def __call__(self, model: nn.Module) -> dict[str, Tensor]:
+        """The mean over the batches of each entry's squared gradient, by parameter name.
+
+        Invariant: as :func:`gradients`, the model is left as it was.
+
+        Raises:
+            MeasureError: no batches, or what :func:`gradients` raises.
+        """
+        sums: dict[str, Tensor] = {}
+        count = 0
+        for row in gradients(model, self.loss_fn, self.batches):
+            squares = {name: grad.square() for name, grad in row.items()}
+            sums = {name: sums[name] + value if sums else value for name, value in squares.items()}
+            count += 1
+        if not count:
+            _refuse("Probe", "no batches", "at least one, each time", "pass a list of batches")
+        return {name: total / count for name, total in sums.items()}
 
 
 class Reservoir:

@@ -79,6 +79,8 @@ class Settings:
             that finds a limit exceeded.
         signal_batches: held-out batches used for signals.
         seed: seed of new weights.
+        second_moments: where the optimizer's second moments of new units start: at the mean of
+            their ``"siblings"``', or measured on the signal batches (``"probe"``).
 
     Raises:
         SettingsError: a value out of range.
@@ -93,8 +95,11 @@ class Settings:
     price: float = 0.02
     signal_batches: int = 8
     seed: int = 0
+    second_moments: str = "siblings"
 
     def __post_init__(self) -> None:
+        known = self.second_moments in ("siblings", "probe")
+        _require(known, "second_moments", self.second_moments, "'siblings' or 'probe'")
         _require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "1 or more")
         _require(0 < self.until <= 1, "until", self.until, "a share in (0, 1]")
         _require(self.trial_epochs > 0, "trial_epochs", self.trial_epochs, "1 or more")
