@@ -17,7 +17,7 @@ from neuroexapt.errors import GuardError, SettingsError, VerifyError
 from neuroexapt.guard import Trial
 from neuroexapt.plan import Decision, State, Verdict
 from neuroexapt.record import read_journal
-from neuroexapt.train import loop
+from neuroexapt.train import loop, room
 
 DATA = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
 
@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_journal() -> None:
 
 
 def _timeless(event: dict[str, Any]) -> dict[str, Any]:
-    drop = {"time", "seconds", "overhead_seconds", "environment"}
+    drop = {"time", "seconds", "overhead_seconds", "environment", "memory_in_use"}
     return {key: value for key, value in event.items() if key not in drop}
 
 
@@ -167,7 +167,7 @@ def test_a_trial_that_fails_its_verdict_is_taken_back_bit_for_bit(
         moments.append(copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict())))
         return Trial.__dict__["apply"](self, *args, **kwargs)
 
-    monkeypatch.setattr(loop, "Trial", type("Noted", (Trial,), {"apply": noted}))
+    monkeypatch.setattr(room, "Trial", type("Noted", (Trial,), {"apply": noted}))
     for _ in range(9):
         pending = run.evolver is not None and run.evolver.state.trial is not None
         run.epochs(1)

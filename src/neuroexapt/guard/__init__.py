@@ -10,8 +10,9 @@ and :mod:`neuroexapt.guard.redo` makes it again.
 from neuroexapt.guard.copies import inner_copies
 from neuroexapt.guard.leaks import Leak, LeakWatch
 from neuroexapt.guard.statistics import reestimate
-from neuroexapt.guard.transaction import Applied, Transaction, apply, inner_module, transaction
+from neuroexapt.guard.transaction import Applied, Transaction, apply, transaction
 from neuroexapt.guard.trial import Trial
+from neuroexapt.guard.wrapped import inner_module
 
 __all__ = [
     "Applied",

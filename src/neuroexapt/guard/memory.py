@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from neuroexapt.errors import GuardError
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -162,11 +164,59 @@ def _aliases(op: str, overload: str) -> bool:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device; ``None`` where the system does not say."""
+    """Bytes that can still be had on a device; ``None`` where the system does not say.
+
+    What the allocator keeps in its cache counts: it gives that to whoever asks.
+    """
     if device.type not in ("cpu", "meta"):
-        return int(torch.accelerator.get_memory_info(device)[0])
+        free = _accelerator("get_memory_info", device)
+        cached = _accelerator("memory_reserved", device), _accelerator("memory_allocated", device)
+        return None if free is None else free[0] + (cached[0] or 0) - (cached[1] or 0)
     known = [free for free in (_free_in_group(), _free_in_system()) if free is not None]
     return min(known, default=None)
+
+
+def _accelerator(name: str, *args: Any) -> Any:
+    """What ``torch.accelerator`` says; None where this torch or this device cannot say it."""
+    ask = getattr(torch.accelerator, name, None)
+    if ask is None or torch.accelerator.current_accelerator() is None:
+        return None
+    try:
+        return ask(*args)
+    except (NotImplementedError, RuntimeError):
+        return None  # a backend without such statistics
+
+
+def release_cached() -> None:
+    """Give what the accelerator's allocator caches back to the device; others may need it."""
+    _accelerator("empty_cache")
+
+
+def in_use() -> dict[str, int | None]:
+    """Bytes in use now and at most so far, by this process and on its accelerator.
+
+    Example:
+        >>> sorted(in_use())
+        ['accelerator', 'accelerator_peak', 'resident', 'resident_peak']
+    """
+    return {
+        "resident": resident(),
+        "resident_peak": _resident_peak(),
+        "accelerator": _accelerator("memory_allocated"),
+        "accelerator_peak": _accelerator("max_memory_allocated"),
+    }
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there was not the memory, on a device or in the process.
+
+    Example:
+        >>> ran_out(torch.OutOfMemoryError("CUDA out of memory")), ran_out(RuntimeError("shape"))
+        (True, False)
+    """
+    # What torch raises for main memory is a plain RuntimeError.
+    told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _free_in_system() -> int | None:
@@ -193,28 +243,53 @@ def resident() -> int | None:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_room(needed: int, what: str, model: nn.Module, limit: int | None) -> None:
+def out_of_memory(what: str, error: BaseException) -> GuardError:
+    """The error for what turned out not to fit, and was taken back."""
+    told = str(error).splitlines() or [type(error).__name__]
+    return GuardError(
+        what,
+        seen=f"no memory left: {told[0]}",
+        needed="memory for the change and for checking it",
+        next_step="make a smaller change, or free memory first; everything is as it was",
+    )
+
+
+def _resident_peak() -> int | None:
+    if not _STATUS.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+    return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def check_room(needs: Mapping[torch.device, int], what: str, limit: int | None) -> None:
     """Refuse what would not fit; nothing has been written.
 
     Args:
-        needed: bytes on top of what is in use.
+        needs: for each device, bytes on top of what is in use.
         what: what needs them, for the message.
-        model: the model that is edited; its first parameter says where.
-        limit: the most that may be added; ``None`` for all that the device has.
+        limit: the most that may be added, on all devices together; ``None`` for all that each
+            device has.
 
     Raises:
         GuardError: it does not fit, with the figures.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    free = available(device) if limit is None else limit
-    if free is not None and needed > free:
-        allowed = "free" if limit is None else "allowed"
-        raise GuardError(
-            what,
-            seen=f"{readable(needed)} needed on {device}",
-            needed=f"at most the {readable(free)} that are {allowed} there",
-            next_step="make a smaller change, a smaller batch, or free memory first",
-        )
+    where = " and ".join(map(str, needs))
+    rooms = [(sum(needs.values()), limit, where, "allowed")]
+    if limit is None:
+        rooms = [(need, available(device), str(device), "free") for device, need in needs.items()]
+    for needed, free, place, word in rooms:
+        if free is not None and needed > free:
+            raise GuardError(
+                what,
+                seen=f"{readable(needed)} needed on {place}",
+                needed=f"at most the {readable(free)} that are {word} there",
+                next_step="make a smaller change, a smaller batch, or free memory first",
+            )
 
 
 def readable(size: float) -> str:

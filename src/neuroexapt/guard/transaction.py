@@ -17,24 +17,27 @@ from neuroexapt.capture.interrupts import breathe, held_back
 from neuroexapt.capture.run import named_tensors
 from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.edit import Edit, Patch
-from neuroexapt.errors import GuardError
 from neuroexapt.guard.config import Run, follow, owners
 from neuroexapt.guard.copies import inner_copies
 from neuroexapt.guard.holders import check_checkpoints
 from neuroexapt.guard.ledger import Ledger
 from neuroexapt.guard.lineage import remember
-from neuroexapt.guard.memory import activation_bytes, check_room, forecast
+from neuroexapt.guard.memory import (
+    activation_bytes,
+    check_room,
+    device_of,
+    forecast,
+    out_of_memory,
+    ran_out,
+    release_cached,
+)
 from neuroexapt.guard.optimizer import check_optimizer
 from neuroexapt.guard.seeding import SecondMoments, check_policy, new_entries, seed_moments
 from neuroexapt.guard.several import Optimizers, as_one
 from neuroexapt.guard.statistics import LossFn, renew_statistics
 from neuroexapt.guard.verify import behaviour, verify
+from neuroexapt.guard.wrapped import check_mode, inner_module, is_compiled
 from neuroexapt.guard.writing import write
-
-# Kinds of module that hold flat or sharded copies of parameters, or compiled code for them.
-_WRAPPERS = frozenset(
-    {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule"}
-)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Transaction:
     ) -> None:
         check_policy(second_moments)
         self.model = inner_module(model)
-        self._compiled = _is_compiled(model)
+        self._compiled = is_compiled(model)
         self.given = tuple(copies)
         self.copies = inner_copies(self.model, self.given)
         self.optimizer = as_one(optimizer)
@@ -117,21 +120,27 @@ class Transaction:
         Raises:
             EditError, CaptureError: it cannot be made; nothing was written.
             GuardError: a live graph or weak reference forbids it, or there is not the memory for
-                it; taken back.
+                it, beforehand or when it came to it; taken back.
             VerifyError: it was made and failed its check; taken back.
         """
         with held_back():
-            return self._apply(edit, args, dict(kwargs or {}), axes)
+            try:
+                return self._apply(edit, args, dict(kwargs or {}), axes)
+            except (RuntimeError, MemoryError) as error:
+                release_cached()
+                if ran_out(error):
+                    raise out_of_memory(f"{type(edit).__name__}({edit.place!r})", error) from error
+                raise
 
     def _apply(
         self, edit: Edit, args: tuple[Any, ...], kwargs: dict[str, Any], axes: AxisMap | None
     ) -> Applied:
         started = time.perf_counter()
-        _check_mode()
+        check_mode()
         check_checkpoints()
         axes = axes or map_axes(self.model, args, kwargs)
         patch = edit.plan(axes, named_tensors(self.model))
-        self._check_memory(patch, edit)
+        needs = self._check_memory(patch, edit)
         modes = tuple(trace.training for trace in axes.traces)
         before = behaviour(self.model, args, kwargs, modes)
         parameters = _count(self.model)
@@ -143,7 +152,7 @@ class Transaction:
             write(self.ledger, self.model, self.optimizer, patch)
             changes = self.ledger.changes(since=mark)
             breathe()
-            check = partial(self._check_activations, axes.traces, edit)
+            check = partial(self._check_activations, axes.traces, edit, needs)
             difference = verify(self.model, args, kwargs, before, patch, check)
             breathe()
             self._seed(new)
@@ -173,18 +182,32 @@ class Transaction:
             squares = self.second_moments(self.model)
             seed_moments(self.ledger, self.optimizer, self.model, new, squares)
 
-    def _check_memory(self, patch: Patch, edit: Edit) -> None:
+    def _check_memory(self, patch: Patch, edit: Edit) -> dict[torch.device, int]:
+        """What the edit will add on each device, which must have it."""
         optimizers = [] if self.optimizer is None else [self.optimizer]
-        needed = forecast(patch, self.model, optimizers).peak
-        check_room(needed, f"{type(edit).__name__}({edit.place!r})", self.model, self.memory)
+        needs = {device_of(self.model): forecast(patch, self.model, optimizers).peak}
+        for copy in self.copies:
+            device = device_of(copy)
+            needs[device] = needs.get(device, 0) + forecast(patch, copy).peak
+        check_room(needs, f"{type(edit).__name__}({edit.place!r})", self.memory)
+        return needs
 
     def _check_activations(
-        self, before: Sequence[Trace], edit: Edit, after: Sequence[Trace]
+        self,
+        before: Sequence[Trace],
+        edit: Edit,
+        needs: Mapping[torch.device, int],
+        after: Sequence[Trace],
     ) -> None:
-        """What a step on the example keeps for its backward, beyond what it kept before."""
+        """What a step on the example keeps for its backward, beyond what it kept before.
+
+        What the edit itself needs is taken from a device by now, but not from a limit.
+        """
         more = max(map(activation_bytes, after)) - max(map(activation_bytes, before))
+        device = device_of(self.model)
+        added = {device: more} if self.memory is None else {**needs, device: needs[device] + more}
         what = f"activations of a step after {type(edit).__name__}({edit.place!r})"
-        check_room(more, what, self.model, self.memory)
+        check_room(added, what, self.memory)
 
     def stage(self, patch: Patch) -> None:
         """Write a patch without verifying it: for measuring inside a block that is taken back.
@@ -219,18 +242,22 @@ class Transaction:
             raise
 
     def commit(self) -> None:
-        """Keep what was done; old tensors are released.
+        """Keep what was done; old tensors are released, and the accelerator's cache of them.
 
         A compiled model is compiled anew at its next call.
         """
         if len(self.ledger) and self._compiled:
             # Each edit is one more shape: behind the eighth torch would silently run it uncompiled.
             torch.compiler.reset()
-        self.ledger.forget()
+        if len(self.ledger):
+            self.ledger.forget()
+            release_cached()
 
     def roll_back(self) -> None:
         """Take back every edit of this transaction, bit for bit."""
-        self.ledger.roll_back()
+        if len(self.ledger):
+            self.ledger.roll_back()
+            release_cached()
 
 
 def _for_copy(edit: Edit, axes: AxisMap, patch: Patch, copy: nn.Module) -> Patch:
@@ -262,8 +289,8 @@ def transaction(
         optimizer: the optimizer that trains it, or several; their state follows.
         copies: moving averages (``AveragedModel``), teachers, the best so far: each follows every
             edit by name, on its own weights.
-        memory: bytes that an edit may add, to the weights and optimizer while it is made and to
-            the activations of a step; by default what the device has free.
+        memory: bytes that an edit may add to the weights (of copies too), the optimizer and, on
+            top, the activations of a step; by default what each device has free.
         second_moments: where the optimizer's second moments of new entries start:
             ``"siblings"``, the mean of their siblings', or measured, by
             ``neuroexapt.measure.Probe(loss_fn, batches)``.
@@ -325,50 +352,6 @@ def apply(
     """
     with transaction(model, optimizer, copies=copies, second_moments=second_moments) as tx:
         return tx.apply(edit, args, kwargs)
-
-
-def inner_module(model: nn.Module) -> nn.Module:
-    """The module to edit: the one inside a compiled wrapper; other wrappers are refused.
-
-    Raises:
-        GuardError: the model, or a part of it, is wrapped for several devices or scripted.
-    """
-    for path, module in model.named_modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        if kinds & _WRAPPERS or isinstance(module, torch.jit.ScriptModule):
-            raise GuardError(
-                path or type(module).__name__,
-                seen=f"a wrapped or scripted model ({type(module).__name__})",
-                needed="the module itself",
-                next_step="edit the inner module (model.module) on every rank, then wrap it again",
-            )
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """By ``torch.compile(model)``, or a part of it by its own ``compile()``."""
-    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
-    return bool(compiled) or hasattr(model, "_orig_mod")
-
-
-def _check_mode() -> None:
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = {"cpu", accelerator.type if accelerator is not None else "cpu"}
-    if any(torch.is_autocast_enabled(kind) for kind in kinds):
-        raise GuardError(
-            "apply",
-            seen="an autocast region",
-            needed="a call outside of it: autocast keeps copies of the weights",
-            next_step="leave `with torch.autocast(...)` first",
-        )
-    if torch.is_inference_mode_enabled():
-        raise GuardError(
-            "apply",
-            seen="inference mode",
-            needed="ordinary tensors: those made in inference mode can never be trained",
-            next_step="leave torch.inference_mode() first; torch.no_grad() is fine",
-        )
 
 
 def _count(model: nn.Module) -> int:

@@ -14,10 +14,14 @@ def _require(good: bool, name: str, value: object, needed: str) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper limits in absolute numbers; None is no limit."""
+    """Upper limits in absolute numbers; None is no limit.
+
+    One on memory (bytes) refuses what would exceed it; the others are prices.
+    """
 
     parameters: int | None = None
     flops: int | None = None
+    memory: int | None = None
 
     def excess(self, parameters: int, flops: int) -> float:
         """By which share the tightest limit is exceeded; 0 when all hold.
@@ -37,26 +41,32 @@ class Budget:
     Args:
         params: limit on the number of parameters; ``0.5`` is half of the start.
         flops: limit on the FLOPs of one sample's forward.
+        memory: limit in bytes on weights, gradients and optimizer state as they are held at the
+            end of an epoch, copies, the old content while a change is on trial, and activations
+            of a step. A change that would exceed it is refused.
 
     Raises:
-        SettingsError: not positive.
+        SettingsError: not positive, or a share of memory.
 
     Example:
         >>> Budget(params=0.5).limits(parameters=1000, flops=80)
-        Limits(parameters=500, flops=None)
+        Limits(parameters=500, flops=None, memory=None)
     """
 
     params: float | int | None = None
     flops: float | int | None = None
+    memory: int | None = None
 
     def __post_init__(self) -> None:
+        whole = self.memory is None or (type(self.memory) is int and self.memory > 0)
+        _require(whole, "memory", self.memory, "a positive number of bytes (int)")
         for name, value in (("params", self.params), ("flops", self.flops)):
             good = value is None or (not isinstance(value, bool) and value > 0)
             _require(good, name, value, "a positive share (float) or count (int)")
 
     def limits(self, *, parameters: int, flops: int) -> Limits:
         """The limits for a model that starts with these counts."""
-        return Limits(_absolute(self.params, parameters), _absolute(self.flops, flops))
+        return Limits(_absolute(self.params, parameters), _absolute(self.flops, flops), self.memory)
 
 
 def _absolute(limit: float | int | None, start: int) -> int | None:

@@ -11,11 +11,14 @@ kind          fields
 ============  ==================================================================================
 start         run, model {class, parameters, flops, layers: [{name, type, shape, parameters}],
               flow: [{name, type, from: [names]}]},
-              budget {params, flops} (null: no limit), settings {...},
+              budget {params, flops, memory} (null: no limit), settings {...},
               environment {python, torch, platform, device, neuroexapt},
               plan {state, settings, limits}: what a replay begins with
 epoch         epoch, step, holdout_loss, holdout_error (standard error of the loss),
               holdout_accuracy (0 to 1, or null), parameters, flops, memory_bytes
+              (tensors of model and optimizer), memory_in_use {resident, resident_peak,
+              accelerator, accelerator_peak} (bytes of the process and its accelerator, now and
+              at most; null where there is none)
 survey        epoch, step, readings [{signal, at, value, unit, error, samples}]
 proposal      id, epoch, step, kind ("Widen", ...), at, edit {...}, reason (a sentence),
               predicted {loss (change, nats), parameters (change), flops (change)},

@@ -15,6 +15,7 @@ from torch import nn
 from neuroexapt.capture import Trace
 from neuroexapt.edit import Edit
 from neuroexapt.guard import Applied
+from neuroexapt.guard.memory import in_use
 from neuroexapt.measure import (
     HoldoutScore,
     LayerRow,
@@ -63,7 +64,11 @@ class Chronicle:
             "start",
             run=type(self._model).__name__,
             model={**_model_fields(self._model, flops), "flow": self._flow},
-            budget={"params": limits.parameters, "flops": limits.flops},
+            budget={
+                "params": limits.parameters,
+                "flops": limits.flops,
+                "memory": limits.memory,
+            },
             settings=settings,
             environment={
                 "python": platform.python_version(),
@@ -100,6 +105,7 @@ class Chronicle:
             parameters=parameters,
             flops=flops,
             memory_bytes=memory,
+            memory_in_use=in_use(),
             **self._structure(),
         )
 

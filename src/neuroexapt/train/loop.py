@@ -17,6 +17,7 @@ from neuroexapt.capture.interrupts import held_back
 from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.errors import NeuroExaptError
 from neuroexapt.guard import Trial, inner_copies, inner_module
+from neuroexapt.guard.memory import ran_out, release_cached
 from neuroexapt.measure import (
     Batch,
     HoldoutScore,
@@ -54,6 +55,7 @@ from neuroexapt.train.resume import (
     chronicle_state,
     restore_chronicle,
 )
+from neuroexapt.train.room import new_trial, room_left
 from neuroexapt.train.survey import Surveyor
 
 
@@ -327,6 +329,11 @@ class Evolver:
             candidates = propose(survey)
         except NeuroExaptError as error:
             return Decision(None, f"the model could not be surveyed: {error}")
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            release_cached()
+            return Decision(None, f"the model could not be surveyed, out of memory: {error}")
         self.chronicle.survey(survey.readings)
         chosen = choose(self.state, self.settings, self.limits, candidates, now)
         self.chronicle.planned("choose", chosen, candidates=candidates, now=now)
@@ -337,7 +344,9 @@ class Evolver:
 
     def _try(self, decision: Decision, candidate: Candidate, axes: AxisMap) -> None:
         number = self.chronicle.proposal(decision, candidate)
-        trial = Trial(self.model, self.optimizer, copies=self._copies)
+        held = self.model, self.optimizer, self._copies
+        room = room_left(self.limits, *held, axes)
+        trial = new_trial(*held, room, self.settings, (self.loss_fn, self._batches))
         try:
             done = trial.apply(candidate.edit, *self._example, axes=axes)
         except NeuroExaptError as error:
@@ -365,6 +374,11 @@ class Evolver:
             step = evaluate(self.model, self.loss_fn, self.holdout).loss - self._kept_score.loss
             first = bearable(self.state, self.settings, self.limits, candidate, step)
             return self.chronicle.planned("bearable", first, candidate=candidate, step=step)
+        except (RuntimeError, MemoryError) as error:
+            trial.roll_back()
+            if not ran_out(error):
+                raise
+            return Verdict(False, f"out of memory: {error}", float("nan"))
         except BaseException:
             trial.roll_back()
             raise
