@@ -110,7 +110,7 @@ def fingerprint(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def timeless(event: dict[str, Any]) -> dict[str, Any]:
-    drop = {"time", "seconds", "overhead_seconds", "environment", "seq", "schema"}
+    drop = {"time", "seconds", "overhead_seconds", "environment", "seq", "schema", "memory_in_use"}
     return {key: value for key, value in event.items() if key not in drop}
 
 
