@@ -144,10 +144,11 @@ def fails(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
 @each
 def test_a_step_of_a_trial_without_memory_is_taken_back_with_it(edit: Edit) -> None:
     """Half-way through a forward, a backward or the optimizer's step."""
-    model, optimizer, average = world()
-    before = snapshot(model, optimizer), snapshot(average)
     number, failed = 1, True
     while failed:
+        # Each time another model: an error inside a backward may leave parts of its graph in torch.
+        model, optimizer, average = world()
+        before = snapshot(model, optimizer), snapshot(average)
         trial = Trial(model, optimizer, copies=[average])
         trial.apply(edit, (X,))
         step(model, optimizer)
