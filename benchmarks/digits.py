@@ -29,7 +29,7 @@ from torch import nn
 
 from neuroexapt import demo
 from neuroexapt.plan import Candidate, Decision, Limits, Settings, State
-from neuroexapt.train import loop
+from neuroexapt.train import changes
 
 ARMS = ("fixed", "evolved", "random", "scratch")
 
@@ -47,6 +47,7 @@ def drawn(dice: random.Random) -> Callable[..., tuple[State, Decision]]:
         limits: Limits,
         candidates: Sequence[Candidate],
         now: tuple[int, int],
+        **_: Any,
     ) -> tuple[State, Decision]:
         over = limits.excess(*now) > 0
         state = replace(state, pressure=state.pressure + 1 if over else 0)
@@ -64,7 +65,7 @@ def drawn(dice: random.Random) -> Callable[..., tuple[State, Decision]]:
 @contextmanager
 def random_decisions(seed: int) -> Iterator[None]:
     """Every decision inside the block is drawn at random."""
-    with mock.patch.object(loop, "choose", drawn(random.Random(seed))):
+    with mock.patch.object(changes, "choose", drawn(random.Random(seed))):
         yield
 
 

@@ -148,7 +148,8 @@ def train(
                 loss_fn=loss_fn,
                 holdout=holdout,
                 budget=Budget(params=0.5),
-                settings=Settings(epochs=epochs, seed=seed),
+                # So few images are looked at about as often as they are trained on.
+                settings=Settings(epochs=epochs, seed=seed, overhead=1.0),
                 journal=journal,
             )
         points = []
@@ -161,7 +162,7 @@ def train(
                 optimizer.step()
                 schedule.step()
                 if evolver:
-                    evolver.step()
+                    evolver.step(batch)
             score, why = _end_epoch(model, holdout, digits, evolver)
             points.append(_point(epoch, score, _accuracy(model, digits.holdout)))
             on_epoch(name, epoch, score.loss, count_parameters(model), why)

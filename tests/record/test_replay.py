@@ -64,9 +64,9 @@ def lower_a_loss(events: list[dict[str, Any]]) -> None:
     plans(events, "observed")[3]["given"]["point"]["loss"] *= 0.5
 
 
-def keep_what_was_taken_back(events: list[dict[str, Any]]) -> None:
-    outcomes = [c["outcome"] for c in plans(events, "judge") if c["outcome"]]
-    next(o for o in outcomes if not o["kept"])["kept"] = True
+def turn_a_verdict_round(events: list[dict[str, Any]]) -> None:
+    outcome = next(c["outcome"] for c in plans(events, "judge") if c["outcome"])
+    outcome["kept"] = not outcome["kept"]
 
 
 def hide_a_candidate(events: list[dict[str, Any]]) -> None:
@@ -88,7 +88,7 @@ def leave_a_call_out(events: list[dict[str, Any]]) -> None:
     "tamper",
     [
         lower_a_loss,
-        keep_what_was_taken_back,
+        turn_a_verdict_round,
         hide_a_candidate,
         change_a_setting,
         leave_a_call_out,

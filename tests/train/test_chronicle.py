@@ -51,7 +51,7 @@ def test_layers_and_wiring_follow_every_change(evolver: Evolver) -> None:
     model, optimizer = evolver.model, evolver.optimizer
     events = evolver.journal.events
     for epoch in range(8):
-        for batch in list(evolver.holdout)[:4]:
+        for batch in list(evolver.judge.holdout)[:4]:
             optimizer.zero_grad()
             loss_fn(model, batch).backward()
             optimizer.step()

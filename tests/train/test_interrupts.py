@@ -104,7 +104,7 @@ def test_an_evolving_run_interrupted_at_any_moment_goes_on() -> None:
         for parameter, state in run.optimizer.state.items():
             shapes = {v.shape for v in state.values() if isinstance(v, Tensor) and v.dim()}
             assert shapes <= {parameter.shape}
-        assert (evolver._trial is None) == (evolver.state.trial is None)
+        assert (evolver.trial is None) == (evolver.state.trial is None)
         assert all(module.training == run.model.training for module in run.model.modules())
         run.epochs(1)
     assert hits > MOMENTS // 8

@@ -17,7 +17,8 @@ from neuroexapt.errors import GuardError, SettingsError, VerifyError
 from neuroexapt.guard import Trial
 from neuroexapt.plan import Decision, State, Verdict
 from neuroexapt.record import read_journal
-from neuroexapt.train import loop, room
+from neuroexapt.train import changes, judge, room
+from neuroexapt.train.epoch import Epoch
 
 DATA = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
 
@@ -55,7 +56,7 @@ class Run:
             self.evolver = Evolver(
                 self.model, self.optimizer, loss_fn=loss_fn, holdout=holdout(), **options
             )
-        self.ends: list[loop.Epoch] = []
+        self.ends: list[Epoch] = []
 
     def epochs(self, count: int) -> Run:
         for _ in range(count):
@@ -133,10 +134,10 @@ def _timeless(event: dict[str, Any]) -> dict[str, Any]:
 def test_measuring_leaves_training_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     """An evolver that surveys every epoch and changes nothing trains the very same weights."""
 
-    def nothing(state: State, *_: Any) -> tuple[State, Decision]:
+    def nothing(state: State, *_: Any, **__: Any) -> tuple[State, Decision]:
         return state, Decision(None, "not in this test")
 
-    monkeypatch.setattr(loop, "choose", nothing)
+    monkeypatch.setattr(changes, "choose", nothing)
     observed = Run(settings=Settings(patience=99)).epochs(6)
     torch.manual_seed(1)
     plain = Run(evolve=False).epochs(6)
@@ -151,7 +152,7 @@ def test_a_trial_that_fails_its_verdict_is_taken_back_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After an epoch of training in between: weights, buffers, optimizer state, structure."""
-    real = loop.judge
+    real = changes.judge
 
     def condemned(*args: Any) -> tuple[State, Verdict] | None:
         outcome = real(*args)
@@ -160,14 +161,14 @@ def test_a_trial_that_fails_its_verdict_is_taken_back_bit_for_bit(
         resting = replace(outcome[0], rested=outcome[0].epoch)
         return resting, Verdict(False, "condemned", 0.0)
 
-    monkeypatch.setattr(loop, "judge", condemned)
+    monkeypatch.setattr(changes, "judge", condemned)
     run, moments = Run(), list[Any]()
 
-    def noted(self: Trial, *args: Any, **kwargs: Any) -> Any:
+    def noted(self: Trial, *args: Any, **kwargs: Any) -> None:
         moments.append(copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict())))
-        return Trial.__dict__["apply"](self, *args, **kwargs)
+        Trial.__init__(self, *args, **kwargs)
 
-    monkeypatch.setattr(room, "Trial", type("Noted", (Trial,), {"apply": noted}))
+    monkeypatch.setattr(room, "Trial", type("Noted", (Trial,), {"__init__": noted}))
     for _ in range(9):
         pending = run.evolver is not None and run.evolver.state.trial is not None
         run.epochs(1)
@@ -218,7 +219,7 @@ def test_an_interruption_of_the_first_check_takes_the_edit_back(
 
     def then_fail(self: Trial, *args: Any, **kwargs: Any) -> Any:
         done = real(self, *args, **kwargs)
-        monkeypatch.setattr(loop, "evaluate", _raise(error))
+        monkeypatch.setattr(judge, "evaluate", _raise(error))
         return done
 
     monkeypatch.setattr(Trial, "apply", then_fail)
@@ -232,7 +233,7 @@ def test_an_interruption_of_the_first_check_takes_the_edit_back(
 
 
 def _raise(error: type[BaseException]) -> Any:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     return fail

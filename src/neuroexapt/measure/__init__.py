@@ -20,6 +20,7 @@ Read `base` first: a `Reading`, and `undisturbed`, the law that measuring change
 - `directions`: which incoming weights new units should start with
 - `ablation`: the rise of the loss when a layer is skipped
 - `trend`: is the loss still falling; the generalisation gap
+- `chance`: what dropout adds to the loss in training
 - `holdout`: the loss on held-out batches, the judge of every change
 - `cost`: parameters, FLOPs, bytes; `timing`: seconds, and bytes kept for the backward
 
@@ -43,6 +44,7 @@ from neuroexapt.measure.base import (
     batch_size_of,
     undisturbed,
 )
+from neuroexapt.measure.chance import chance_modules, read_chance
 from neuroexapt.measure.cost import (
     LayerRow,
     count_flops,
@@ -68,6 +70,7 @@ from neuroexapt.measure.information import (
     usable_information,
 )
 from neuroexapt.measure.inputs import ReaderInputs, reader_inputs
+from neuroexapt.measure.mode import measuring
 from neuroexapt.measure.neighbours import (
     label_information,
     neighbour_information,
@@ -156,6 +159,7 @@ __all__ = [
     "as_target",
     "batch_size_of",
     "branch_ratio",
+    "chance_modules",
     "chosen_signals",
     "count_flops",
     "count_parameters",
@@ -179,6 +183,7 @@ __all__ = [
     "layers",
     "linear_cka",
     "measure",
+    "measuring",
     "neighbour_information",
     "noise_corrected_norm",
     "noise_scale",
@@ -188,6 +193,7 @@ __all__ = [
     "read_activation_memory",
     "read_adam_gain",
     "read_branch_ratio",
+    "read_chance",
     "read_dead_units",
     "read_duplicate_units",
     "read_effective_rank",

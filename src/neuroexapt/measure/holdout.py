@@ -18,9 +18,12 @@ from neuroexapt.measure.base import (
     scalar_loss,
     undisturbed,
 )
+from neuroexapt.measure.mode import live_norms, measuring
 
 
-def evaluate(model: nn.Module, loss_fn: LossFn, batches: Iterable[Batch]) -> HoldoutScore:
+def evaluate(
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Batch], *, fresh: bool = False
+) -> HoldoutScore:
     """Mean loss per sample in eval mode, with its standard error.
 
     Batches are weighted by their size. The error takes batches as independent draws:
@@ -34,6 +37,8 @@ def evaluate(model: nn.Module, loss_fn: LossFn, batches: Iterable[Batch]) -> Hol
         model: the model.
         loss_fn: ``loss_fn(model, batch)``, the mean loss of the batch.
         batches: batches as `batch_size_of` reads them.
+        fresh: batch norms by the statistics of each batch, see `measuring`: for a model in the
+            middle of its training.
 
     Raises:
         MeasureError: no batch, an unreadable batch, or a loss that is no scalar.
@@ -47,10 +52,11 @@ def evaluate(model: nn.Module, loss_fn: LossFn, batches: Iterable[Batch]) -> Hol
     losses: list[float] = []
     sizes: list[int] = []
     with undisturbed(model), torch.no_grad():
-        model.eval()
+        norms = live_norms(model) if fresh else []
         for batch in batches:
             breathe()
             sizes.append(batch_size_of(batch))
+            measuring(model, sizes[-1], norms)
             losses.append(scalar_loss(loss_fn(model, batch)).item())
     if sum(sizes) == 0:
         raise MeasureError(

@@ -18,6 +18,7 @@ from neuroexapt.couple import AxisMap, Reader, Width, find_readers, first_names,
 from neuroexapt.errors import MeasureError
 from neuroexapt.measure.base import Batch, LossFn, batch_size_of, undisturbed
 from neuroexapt.measure.inputs import no_batches, reader_inputs, visible_products
+from neuroexapt.measure.mode import measuring
 from neuroexapt.measure.removal import removal_loss
 from neuroexapt.measure.sampling import gradients
 
@@ -150,7 +151,8 @@ def gate_slopes(
     if not only:
         return {}
     with undisturbed(model), visible_products(model), _open(parameters[n] for n in only):
-        model.eval()
+        batches = list(batches)
+        measuring(model, min(map(batch_size_of, batches), default=0))
         for grads in gradients(model, loss_fn, batches, only=only):
             sums: dict[tuple[str, int], Tensor] = {}
             for name in only:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from neuroexapt.errors import SettingsError
+
+# Nats of loss for all parameters of the start, by objective.
+_PRICES = {"accuracy": 0.005, "balanced": 0.02, "efficiency": 0.08}
+_MODES = ("evolve", "advise", "observe")
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return "one of " + ", ".join(f'"{name}"' for name in names)
 
 
 def _require(good: bool, name: str, value: object, needed: str) -> None:
@@ -44,6 +53,9 @@ class Budget:
         memory: limit in bytes on weights, gradients and optimizer state as they are held at the
             end of an epoch, copies, the old content while a change is on trial, and activations
             of a step. A change that would exceed it is refused.
+        compute: FLOPs that the whole run may use, measuring and trials included. With it a smaller
+            model trains for more steps, which the evolver takes into account;
+            ``evolver.progress`` says how much is used. See ``docs/concepts.md``.
 
     Raises:
         SettingsError: not positive, or a share of memory.
@@ -56,11 +68,13 @@ class Budget:
     params: float | int | None = None
     flops: float | int | None = None
     memory: int | None = None
+    compute: float | None = None
 
     def __post_init__(self) -> None:
         whole = self.memory is None or (type(self.memory) is int and self.memory > 0)
         _require(whole, "memory", self.memory, "a positive number of bytes (int)")
-        for name, value in (("params", self.params), ("flops", self.flops)):
+        limits = (("params", self.params), ("flops", self.flops), ("compute", self.compute))
+        for name, value in limits:
             good = value is None or (not isinstance(value, bool) and value > 0)
             _require(good, name, value, "a positive share (float) or count (int)")
 
@@ -84,9 +98,14 @@ class Settings:
         cool_down: epochs of plain training after a change was taken back.
         patience: the search stops after this many fruitless decisions in a row.
         significance: how many standard errors count as noise.
+        objective: ``"accuracy"`` (the best score within the limits), ``"efficiency"`` (the smallest
+            model for about the score of the start) or ``"balanced"``.
         price: nats of loss that the whole of a limited resource (parameters where nothing is
             limited) is worth, while every limit holds; it doubles with each decision in a row
-            that finds a limit exceeded.
+            that finds a limit exceeded. None takes what the objective says.
+        mode: ``"evolve"``; ``"advise"`` ranks proposals and touches nothing; ``"observe"`` only
+            measures.
+        overhead: share of the run's FLOPs that measuring may use.
         signal_batches: held-out batches used for signals.
         seed: seed of new weights.
         second_moments: where the optimizer's second moments of new units start: at the mean of
@@ -102,7 +121,10 @@ class Settings:
     cool_down: int = 2
     patience: int = 6
     significance: float = 2.0
-    price: float = 0.02
+    objective: str = "balanced"
+    price: float | None = None
+    mode: str = "evolve"
+    overhead: float = 0.1
     signal_batches: int = 8
     seed: int = 0
     second_moments: str = "siblings"
@@ -116,5 +138,13 @@ class Settings:
         _require(self.cool_down >= 0, "cool_down", self.cool_down, "0 or more")
         _require(self.patience > 0, "patience", self.patience, "1 or more")
         _require(self.significance >= 0, "significance", self.significance, "0 or more")
-        _require(self.price >= 0, "price", self.price, "0 or more")
+        _require(self.objective in _PRICES, "objective", self.objective, _one_of(_PRICES))
+        _require(self.price is None or self.price >= 0, "price", self.price, "0 or more")
+        _require(self.mode in _MODES, "mode", self.mode, _one_of(_MODES))
+        _require(0 < self.overhead <= 1, "overhead", self.overhead, "a share in (0, 1]")
         _require(self.signal_batches >= 4, "signal_batches", self.signal_batches, "4 or more")
+
+    @property
+    def worth(self) -> float:
+        """Nats that the whole of a limited resource is worth."""
+        return _PRICES[self.objective] if self.price is None else self.price

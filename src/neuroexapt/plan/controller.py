@@ -15,20 +15,15 @@ from statistics import fmean
 
 from neuroexapt.measure import plateau_slope
 from neuroexapt.plan.budget import Limits, Settings
-from neuroexapt.plan.propose import Candidate
+from neuroexapt.plan.candidate import Candidate
+from neuroexapt.plan.curve import WANDER, Point, worth_of_speed
 
 _TREND_POINTS = 5  # held-out losses that the expectation is drawn through
 _MAX_CORRECTION = 8.0
+# What is left at the end of a run of what an edit does at once, until its own trials tell:
+# most of the loss that removed units cost comes back in further training.
+_LASTING = {"Narrow": 0.3}
 _TRIES = 2  # times the same change may fail before it is left alone
-
-
-@dataclass(frozen=True)
-class Point:
-    """A held-out loss at the end of an epoch, with its sampling error."""
-
-    epoch: int
-    loss: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,9 @@ class State:
         failed: per candidate, how often it was rolled back or refused.
         fruitless: decisions in a row that brought nothing.
         pressure: decisions in a row that found a limit exceeded; the price doubles with each.
+        compute_bound: whether the run ends when its computing is used up, so that cheaper steps are
+            more steps.
+        start_loss: held-out loss of the starting model before training, as far as it was looked at.
     """
 
     start_parameters: int
@@ -75,6 +73,8 @@ class State:
     failed: Mapping[str, int] = field(default_factory=dict)
     fruitless: int = 0
     pressure: int = 0
+    compute_bound: bool = False
+    start_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,19 @@ def expectation(points: Sequence[Point]) -> tuple[float, float]:
 
     The end of a line through the last losses (their logarithms, while these are positive),
     held between the lowest and the highest of the last three: one lucky epoch is no promise, and a
-    steep fall does not go on. The noise is the larger of the scatter around the line and the
-    sampling error, because the trajectory scatters more than the sampling of the data says.
+    steep fall does not go on. The noise is the larger of the scatter around the line and three
+    times the sampling error: two runs from one model part by two to four of these.
 
     Example:
         >>> points = [Point(e, loss, 0.01) for e, loss in enumerate([1.0, 0.5, 0.25])]
         >>> tuple(round(value, 3) for value in expectation(points))
-        (0.25, 0.01)
+        (0.25, 0.03)
     """
     losses = [point.loss for point in points[-_TREND_POINTS:]]
     last = points[-1]
+    wander = WANDER * last.error
     if len(losses) < 3 or not all(map(isfinite, losses)):
-        return last.loss, last.error
+        return last.loss, wander
     positive = min(losses) > 0
     trend = plateau_slope([log(loss) for loss in losses] if positive else losses)
     middle = fmean(log(loss) if positive else loss for loss in losses)
@@ -128,7 +129,7 @@ def expectation(points: Sequence[Point]) -> tuple[float, float]:
     fitted = exp(end) if positive else end
     expected = min(max(fitted, min(losses[-3:])), max(losses[-3:]))
     scatter = trend.residual * (expected if positive else 1.0)
-    return expected, max(scatter, last.error)
+    return expected, max(scatter, wander)
 
 
 def wants_change(state: State, settings: Settings) -> tuple[bool, str]:
@@ -136,9 +137,9 @@ def wants_change(state: State, settings: Settings) -> tuple[bool, str]:
     epoch = state.epoch
     if state.trial is not None:
         return False, "a change is on trial"
-    if len(state.points) < 3:
-        return False, "fewer than three held-out losses so far"
-    if settings.epochs is not None and epoch >= settings.until * settings.epochs:
+    if len(state.points) < 2:
+        return False, "fewer than two held-out losses so far"
+    if _progress(state, settings) >= settings.until:
         return False, f"the last {1 - settings.until:.0%} of the run is for training alone"
     if state.rested and epoch - state.rested < settings.cool_down:
         return False, "resting after the last change"
@@ -147,9 +148,17 @@ def wants_change(state: State, settings: Settings) -> tuple[bool, str]:
     return True, "ready"
 
 
+def _progress(state: State, settings: Settings) -> float:
+    """Share of the run that is done; 0 if its length is not known."""
+    known = state.points[-1].progress if state.points else None
+    if known is not None:
+        return known
+    return state.epoch / settings.epochs if settings.epochs is not None else 0.0
+
+
 def price(state: State, settings: Settings) -> float:
     """Nats that all parameters of the starting model are worth at present."""
-    return settings.price * 2.0**state.pressure
+    return settings.worth * 2.0**state.pressure
 
 
 def choose(
@@ -158,6 +167,8 @@ def choose(
     limits: Limits,
     candidates: Sequence[Candidate],
     now: tuple[int, int],
+    *,
+    again: bool = False,
 ) -> tuple[State, Decision]:
     """The candidate of highest utility, if it beats doing nothing.
 
@@ -167,21 +178,14 @@ def choose(
         limits: growth must not break those that hold.
         candidates: from :func:`~neuroexapt.plan.propose.propose`.
         now: present parameters and FLOPs.
+        again: the last choice of this moment was refused: no further pressure is due.
     """
-    state = replace(state, pressure=state.pressure + 1 if limits.excess(*now) > 0 else 0)
-    rated = sorted(
-        (
-            (utility(state, settings, limits, c), c)
-            for c in candidates
-            if _allowed(state, limits, c, now)
-        ),
-        key=lambda pair: -pair[0],
-    )
-    runner = f"{_name(rated[1][1])} ({rated[1][0]:+.4f} nats)" if len(rated) > 1 else None
+    if not again:
+        state = replace(state, pressure=state.pressure + 1 if limits.excess(*now) > 0 else 0)
+    rated = ranked(state, settings, limits, candidates, now)
+    runner = f"{rated[1][1].key} ({rated[1][0]:+.4f} nats)" if len(rated) > 1 else None
     if not rated or rated[0][0] <= 0:
-        best = (
-            f"the best was {_name(rated[0][1])} ({rated[0][0]:+.4f})" if rated else "none is left"
-        )
+        best = f"the best was {rated[0][1].key} ({rated[0][0]:+.4f})" if rated else "none is left"
         why = f"no candidate beats doing nothing: {best}"
         return replace(state, fruitless=state.fruitless + 1), Decision(None, why, runner_up=runner)
     worth, candidate = rated[0]
@@ -190,16 +194,49 @@ def choose(
     return state, Decision(candidate, candidate.reason + pressure, worth, runner)
 
 
-def utility(state: State, settings: Settings, limits: Limits, candidate: Candidate) -> float:
-    """Expected benefit in nats: lower loss, and the price of what is saved.
+def ranked(
+    state: State,
+    settings: Settings,
+    limits: Limits,
+    candidates: Sequence[Candidate],
+    now: tuple[int, int],
+) -> list[tuple[float, Candidate]]:
+    """The candidates that are allowed, with their utilities, the best first.
 
-    U = -c * loss - price * :func:`share`, with c the correction that earlier edits of the kind
-    taught; an expected gain must first cover its own error.
+    Those that come first whatever their utility do so while it is above that of doing nothing.
     """
-    loss = candidate.loss * state.correction.get(candidate.kind, 1.0)
+    rated = [
+        (utility(state, settings, limits, c, now), c)
+        for c in candidates
+        if _allowed(state, limits, c, now)
+    ]
+    return sorted(rated, key=lambda pair: (not (pair[1].first and pair[0] > 0), -pair[0]))
+
+
+def utility(
+    state: State,
+    settings: Settings,
+    limits: Limits,
+    candidate: Candidate,
+    now: tuple[int, int],
+) -> float:
+    """Expected benefit in nats: lower loss, more steps, and the price of what is saved.
+
+    U = -c * loss + :func:`speed` - price * :func:`share`, with c the correction that earlier edits
+    of the kind taught; an expected gain must first cover its own error.
+    """
+    loss = candidate.loss * _correction(state, candidate.kind)
     if loss < 0:
         loss = min(0.0, loss + candidate.error)
-    return -loss - price(state, settings) * share(state, limits, candidate)
+    saved = price(state, settings) * share(state, limits, candidate)
+    return -loss + speed(state, candidate, now) - saved
+
+
+def speed(state: State, candidate: Candidate, now: tuple[int, int]) -> float:
+    """Nats that cheaper steps are worth where computing is what ends the run, else 0."""
+    if not state.compute_bound or not candidate.flops or now[1] <= 0:
+        return 0.0
+    return worth_of_speed(state.points, 1 + candidate.flops / now[1], state.start_loss)
 
 
 def share(state: State, limits: Limits, candidate: Candidate) -> float:
@@ -217,12 +254,7 @@ def _allowed(state: State, limits: Limits, candidate: Candidate, now: tuple[int,
     # While a limit is exceeded its price holds growth down; a limit that holds is never broken.
     if grows and limits.excess(*after) > 0 and limits.excess(*now) == 0:
         return False
-    return state.failed.get(_name(candidate), 0) < _TRIES
-
-
-def _name(candidate: Candidate) -> str:
-    to = getattr(candidate.edit, "to", None)
-    return f"{candidate.key} to {to}" if to else candidate.key
+    return state.failed.get(candidate.key, 0) < _TRIES
 
 
 def started(state: State, candidate: Candidate) -> State:
@@ -232,16 +264,31 @@ def started(state: State, candidate: Candidate) -> State:
     return replace(state, trial=running)
 
 
+def settled(state: State) -> State:
+    """The state after a change that keeps the function and can be undone at any time.
+
+    It needs no trial: what it does to the gap is measured at every decision.
+    """
+    return replace(state, fruitless=0)
+
+
 def bearable(
-    state: State, settings: Settings, limits: Limits, candidate: Candidate, step: float
+    state: State,
+    settings: Settings,
+    limits: Limits,
+    candidate: Candidate,
+    now: tuple[int, int],
+    step: float,
 ) -> Verdict:
     """The first check of a change, before any training: the step it makes in the held-out loss.
 
     The same weights are measured on the same data before and after, so the noise of the
-    trajectory is not in it; a step within that noise will be trained away.
+    trajectory is not in it; a step within that noise, or within what the change is worth, will
+    be trained away. ``now``: parameters and FLOPs before it.
     """
-    noise = expectation(state.points)[1]
-    allowed = noise - price(state, settings) * share(state, limits, candidate)
+    noise = WANDER * state.points[-1].error
+    saved = price(state, settings) * share(state, limits, candidate)
+    allowed = noise + max(0.0, speed(state, candidate, now)) - saved
     why = f"the held-out loss stepped by {step:+.4f} nats at once, {allowed:+.4f} allowed"
     return Verdict(isfinite(step) and step <= allowed, why, step)
 
@@ -252,8 +299,8 @@ def refused(state: State, candidate: Candidate, *, for_good: bool) -> State:
     ``for_good``: it could not be applied, and never will; else it failed its first check, which
     another day may turn out otherwise.
     """
-    failures = _TRIES if for_good else state.failed.get(_name(candidate), 0) + 1
-    failed = {**state.failed, _name(candidate): failures}
+    failures = _TRIES if for_good else state.failed.get(candidate.key, 0) + 1
+    failed = {**state.failed, candidate.key: failures}
     return replace(state, failed=failed, fruitless=state.fruitless + 1)
 
 
@@ -282,7 +329,7 @@ def _ended(state: State, trial: Running, realised: float, kept: bool) -> State:
     candidate = trial.candidate
     failed = dict(state.failed)
     if not kept:
-        failed[_name(candidate)] = failed.get(_name(candidate), 0) + 1
+        failed[candidate.key] = failed.get(candidate.key, 0) + 1
     return replace(
         state,
         # The loss of a change taken back is not that of the model that goes on.
@@ -296,9 +343,13 @@ def _ended(state: State, trial: Running, realised: float, kept: bool) -> State:
     )
 
 
+def _correction(state: State, kind: str) -> float:
+    return state.correction.get(kind, _LASTING.get(kind, 1.0))
+
+
 def _corrected(state: State, trial: Running, realised: float) -> float:
     """Half of the old correction and half of what this trial showed, within bounds."""
-    old = state.correction.get(trial.candidate.kind, 1.0)
+    old = _correction(state, trial.candidate.kind)
     predicted = trial.candidate.loss
     if not isfinite(realised) or abs(predicted) <= trial.noise:
         return old  # the prediction drowns in noise: nothing to learn

@@ -2,77 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from math import sqrt
 
-from neuroexapt.edit import Edit, Narrow
+from neuroexapt.edit import AddRegularization, Edit, Narrow
 from neuroexapt.measure import Reading
-from neuroexapt.plan.survey import GrowOption, ShrinkOption, Survey, WidthSurvey
+from neuroexapt.plan.candidate import Candidate
+from neuroexapt.plan.fitting import regularisations
+from neuroexapt.plan.survey import GrowOption, ShrinkOption, SqueezeOption, Survey, WidthSurvey
 
 # Units bring less the more there are: the next one is expected to be worth half of the last.
 _HALF = 0.5
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A change that could be made.
+def propose(survey: Survey, significance: float = 2.0, *, stalled: bool = False) -> list[Candidate]:
+    """Every candidate of a survey.
 
-    Attributes:
-        edit: what to do.
-        loss: expected change of the loss in nats; negative is better.
-        error: standard error of ``loss``.
-        parameters: change of the number of parameters.
-        flops: change of the FLOPs of one sample.
-        readings: the signals behind it.
-        reason: one sentence for people.
+    More or less regularisation, each smaller size of each width, several widths at once, and every
+    growth.
+
+    Args:
+        survey: what was measured.
+        significance: standard errors that count as noise.
+        stalled: whether the held-out loss falls no more.
     """
-
-    edit: Edit
-    loss: float
-    error: float
-    parameters: int
-    flops: int
-    readings: tuple[Reading, ...]
-    reason: str
-
-    @property
-    def kind(self) -> str:
-        return type(self.edit).__name__
-
-    @property
-    def key(self) -> str:
-        """What a verdict about it is remembered under."""
-        return f"{self.kind} {self.edit.place}"
-
-
-def propose(survey: Survey) -> list[Candidate]:
-    """Every candidate of a survey: each smaller size of each width, and every growth."""
-    shrinking = [c for width in survey.widths for c in _narrowings(width)]
     by_name = {width.name: width for width in survey.widths}
+    fitting = survey.fitting
+    fitted = (
+        [] if fitting is None else list(regularisations(fitting, significance, stalled=stalled))
+    )
+    shrinking = [c for width in survey.widths for c in _narrowings(width)]
+    together = [_squeeze(option, by_name) for option in survey.squeeze]
     growing = [_growth(option, by_name.get(option.edit.place)) for option in survey.grow]
-    return [*shrinking, *growing]
+    return [*fitted, *shrinking, *together, *growing]
 
 
 def _narrowings(width: WidthSurvey) -> Iterator[Candidate]:
-    order = sorted(range(width.size), key=lambda unit: width.removal[unit])
     for option in width.shrink:
-        removed = order[: width.size - option.to]
-        yield _narrowing(width, option, removed)
+        yield _narrowing(width, option)
 
 
-def _narrowing(width: WidthSurvey, option: ShrinkOption, removed: list[int]) -> Candidate:
+def _narrow(width: WidthSurvey, to: int) -> tuple[Narrow, float, float]:
+    """The edit, what its units are worth together, and the error of that."""
+    order = sorted(range(width.size), key=lambda unit: width.removal[unit])
+    removed = order[: width.size - to]
     loss = sum(width.removal[unit] for unit in removed)
     error = sqrt(sum(width.error[unit] ** 2 for unit in removed))
-    edit = Narrow(width.name, to=option.to, scores={width.name: width.removal})
+    return Narrow(width.name, to=to, scores={width.name: width.removal}), loss, error
+
+
+def _thinned(width: WidthSurvey, to: int) -> Iterator[AddRegularization]:
+    """Dropout made for many units drops too much of few."""
+    for path, p in width.chances:
+        if p > 0:
+            yield AddRegularization(path, "dropout", round(p * to / width.size, 3))
+
+
+def _squeeze(option: SqueezeOption, widths: Mapping[str, WidthSurvey]) -> Candidate:
+    edits: list[Edit] = []
+    loss = square = 0.0
+    for name, to in option.sizes:
+        edit, part, error = _narrow(widths[name], to)
+        edits += [edit, *_thinned(widths[name], to)]
+        loss, square = loss + part, square + error**2
+    sizes = ", ".join(f"'{name}' from {widths[name].size} to {to}" for name, to in option.sizes)
+    error = sqrt(square)
     reason = (
-        f"the {len(removed)} least needed of {width.size} units of '{width.name}' are expected "
+        f"the units least worth their cost, {sizes}, are expected to cost {loss:.4f} nats together "
+        f"and hold {-option.parameters:,} parameters and {-option.flops:,} FLOPs"
+    )
+    units = sum(widths[name].size - to for name, to in option.sizes)
+    reading = Reading("removal_loss", "several widths", loss, "nats", error, units)
+    first, *also = edits
+    return Candidate(
+        first, loss, error, option.parameters, option.flops, (reading,), reason, tuple(also)
+    )
+
+
+def _narrowing(width: WidthSurvey, option: ShrinkOption) -> Candidate:
+    edit, loss, error = _narrow(width, option.to)
+    gone = width.size - option.to
+    reason = (
+        f"the {gone} least needed of {width.size} units of '{width.name}' are expected "
         f"to cost {loss:.4f} nats together and hold {-option.parameters:,} parameters"
     )
-    reading = Reading("removal_loss", width.name, loss, "nats", error, len(removed))
-    return Candidate(
-        edit, loss, error, option.parameters, option.flops, (reading, *width.readings), reason
-    )
+    reading = Reading("removal_loss", width.name, loss, "nats", error, gone)
+    readings = (reading, *width.readings)
+    also = tuple(_thinned(width, option.to))
+    return Candidate(edit, loss, error, option.parameters, option.flops, readings, reason, also)
 
 
 def _growth(option: GrowOption, width: WidthSurvey | None) -> Candidate:

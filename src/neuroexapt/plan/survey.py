@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from neuroexapt.edit import Edit
 from neuroexapt.measure import Reading
+from neuroexapt.plan.fitting import Fitting
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class WidthSurvey:
         error: standard errors of ``removal``.
         readings: signals about the width, for the record.
         shrink: smaller sizes.
+        unit: its size must stay a multiple of this.
+        least: the fewest units it may have.
+        chances: modules that drop units of it at random: path, probability.
     """
 
     name: str
@@ -36,6 +40,18 @@ class WidthSurvey:
     error: tuple[float, ...]
     readings: tuple[Reading, ...]
     shrink: tuple[ShrinkOption, ...]
+    unit: int = 1
+    least: int = 1
+    chances: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class SqueezeOption:
+    """New sizes of several widths, and what they would save together."""
+
+    sizes: tuple[tuple[str, int], ...]
+    parameters: int
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -67,9 +83,12 @@ class Survey:
     flops: int
     widths: tuple[WidthSurvey, ...]
     grow: tuple[GrowOption, ...]
+    squeeze: tuple[SqueezeOption, ...] = ()
+    fitting: Fitting | None = None
 
     @property
     def readings(self) -> list[Reading]:
         """Every signal taken, for the record."""
         taken = [reading for width in self.widths for reading in width.readings]
-        return taken + [reading for option in self.grow for reading in option.readings]
+        taken += [reading for option in self.grow for reading in option.readings]
+        return taken + ([] if self.fitting is None else [self.fitting.gap, self.fitting.chance])

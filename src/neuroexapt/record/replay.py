@@ -61,7 +61,8 @@ def call_data(name: str, given: Mapping[str, Any], outcome: Any) -> dict[str, An
 def _light(value: Any) -> Any:
     """A value without the readings and scores of candidates, which no decision reads."""
     if isinstance(value, Candidate):
-        return replace(value, edit=replace(value.edit, **_defaults(value.edit)), readings=())
+        first, *also = (replace(edit, **_defaults(edit)) for edit in value.edits)
+        return replace(value, edit=first, also=tuple(also), readings=())
     if isinstance(value, (list, tuple)):
         return type(value)([_light(item) for item in value])
     if isinstance(value, plan.Decision) and value.candidate is not None:

@@ -124,6 +124,7 @@ class Chronicle:
             kind=candidate.kind,
             at=candidate.edit.place,
             edit=_edit_fields(candidate.edit),
+            also=[{"kind": type(e).__name__, **_edit_fields(e)} for e in candidate.also],
             reason=decision.why,
             predicted={
                 "loss": candidate.loss,

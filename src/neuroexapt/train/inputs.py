@@ -38,8 +38,8 @@ def signal_batches(holdout: Iterable[Batch], count: int) -> list[Batch]:
 
 def example_input(
     model: nn.Module, loss_fn: LossFn, batch: Batch
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which the loss function calls the model.
+) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], float]:
+    """The arguments with which the loss function calls the model, and the loss.
 
     Raises:
         SettingsError: it does not call the model.
@@ -51,7 +51,7 @@ def example_input(
 
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        evaluate(model, loss_fn, [batch])
+        loss = evaluate(model, loss_fn, [batch]).loss
     finally:
         handle.remove()
     if not seen:
@@ -61,4 +61,14 @@ def example_input(
             needed="a loss that calls model(...)",
             next_step="call the model itself, not a submodule of it, inside loss_fn",
         )
-    return seen[0]
+    return seen[0], loss
+
+
+def no_batch() -> SettingsError:
+    """Computing that is limited must be counted."""
+    return SettingsError(
+        "evolver.step",
+        seen="no batch",
+        needed="the batch of each step, as Budget(compute=...) counts it",
+        next_step="call evolver.step(batch)",
+    )

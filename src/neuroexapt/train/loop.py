@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,49 +12,38 @@ import torch
 from torch import nn
 
 from neuroexapt.capture.interrupts import held_back
-from neuroexapt.couple import AxisMap, map_axes
-from neuroexapt.errors import NeuroExaptError
 from neuroexapt.guard import Trial, inner_copies, inner_module
-from neuroexapt.guard.memory import ran_out, release_cached
 from neuroexapt.measure import (
     Batch,
-    HoldoutScore,
     LossFn,
     count_parameters,
-    evaluate,
-    flops_of,
     tensor_bytes,
 )
 from neuroexapt.plan import (
     Budget,
-    Candidate,
-    Decision,
+    Limits,
     Point,
     Settings,
     State,
-    Verdict,
-    bearable,
-    choose,
-    judge,
     observed,
-    propose,
-    refused,
-    started,
     wants_change,
 )
 from neuroexapt.record import Audience, Journal, Watcher, write_report
 from neuroexapt.record.replay import start_data
+from neuroexapt.train.changes import Changes
 from neuroexapt.train.chronicle import Chronicle
-from neuroexapt.train.inputs import example_input, signal_batches
+from neuroexapt.train.epoch import Epoch
+from neuroexapt.train.inputs import no_batch
+from neuroexapt.train.judge import Judge
+from neuroexapt.train.meter import RECENT, Allowance, Meter, Stopwatch
 from neuroexapt.train.resume import (
-    Epoch,
-    Pending,
     checked_state,
     chronicle_state,
     restore_chronicle,
+    restore_run,
+    run_state,
 )
-from neuroexapt.train.room import new_trial, room_left
-from neuroexapt.train.survey import Surveyor
+from neuroexapt.train.scene import Scene
 
 
 class Evolver:
@@ -118,26 +105,54 @@ class Evolver:
         # A compiled model shares this module; it recompiles by itself once a shape has changed.
         self.model = model = inner_module(model)
         self.optimizer = optimizer
-        self.loss_fn = loss_fn
-        self.holdout = holdout
-        self.settings = settings or Settings()
-        self.overhead = 0.0
-        self._started = time.perf_counter()
-        self._trial: Pending | None = None
-        self._axes: AxisMap | None = None
-        self._mapped: tuple[tuple[Any, ...], ...] = ()
-        self._copies: tuple[nn.Module, ...] = ()
+        self.budget = budget or Budget()
+        self._watch = Stopwatch()
         self._closed = False
-        self._kept_score: HoldoutScore | None = None
-        with self._own_time():
-            self._batches = signal_batches(holdout, self.settings.signal_batches)
-            self._example = example_input(model, loss_fn, self._batches[0])
-            parameters, flops = count_parameters(model), self._flops()
-            self.limits = (budget or Budget()).limits(parameters=parameters, flops=flops)
-            self.state = State(parameters, flops)
-            self.chronicle = Chronicle(journal, model, lambda: self._map().traces[0])
-            self.chronicle.start(flops, self.limits, self.settings, self.state)
+        with self._watch:
+            settings = settings or Settings()
+            self._scene = Scene(model, optimizer, loss_fn, holdout, settings.signal_batches)
+            parameters, flops = self._scene.now
+            limits = self.budget.limits(parameters=parameters, flops=flops)
+            self.judge = Judge(model, self._scene.loss_fn, holdout)
+            self.chronicle = Chronicle(journal, model, lambda: self._scene.axes().traces[0])
+            self._changes = Changes(self._scene, self.judge, self.chronicle, settings, limits)
+            bound, loss = self.budget.compute is not None, self._scene.start_loss
+            self.state = State(parameters, flops, compute_bound=bound, start_loss=loss)
+            self.chronicle.start(flops, limits, settings, self.state)
         self._audience = Audience(self.journal)
+
+    @property
+    def state(self) -> State:
+        """All that the controller remembers."""
+        return self._changes.state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._changes.state = state
+
+    @property
+    def settings(self) -> Settings:
+        """How the search goes about it; others may be set at any time."""
+        return self._changes.settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self._changes.settings = settings
+
+    @property
+    def limits(self) -> Limits:
+        """Upper limits on the model in absolute numbers."""
+        return self._changes.limits
+
+    @property
+    def meter(self) -> Meter:
+        """What the run has used so far, in FLOPs."""
+        return self._scene.meter
+
+    @property
+    def overhead(self) -> float:
+        """Seconds that measuring and editing took so far."""
+        return self._watch.own
 
     @property
     def journal(self) -> Journal:
@@ -151,27 +166,25 @@ class Evolver:
             GuardError: one of them is no copy of the model as it is.
         """
         inner_copies(self.model, copies)
-        self._copies += copies
+        self._scene.copies += copies
 
     @property
     def copies(self) -> tuple[nn.Module, ...]:
         """What follows every change."""
-        return self._copies
+        return self._scene.copies
 
     @property
     def trial(self) -> Trial | None:
         """The trial under way."""
-        return None if self._trial is None else self._trial.trial
+        pending = self._changes.pending
+        return None if pending is None else pending.trial
 
     def state_dict(self) -> dict[str, Any]:
         """What :func:`neuroexapt.save` keeps of the search; the model is not in it."""
-        pending = self._trial
         return {
-            "state": self.state,
-            "score": self._kept_score,
-            "pending": None if pending is None else (pending.number, pending.parameters),
-            "overhead": self.overhead,
-            "seconds": time.perf_counter() - self._started,
+            **run_state(self.state, self.judge, self.meter, self._changes.pending),
+            "overhead": self._watch.own,
+            "seconds": self._watch.total,
             "chronicle": chronicle_state(self.chronicle),
         }
 
@@ -185,14 +198,9 @@ class Evolver:
         Raises:
             CheckpointError: the state is of a run that began with another model.
         """
-        self.state, self._kept_score = checked_state(state, self.state)
-        self._trial = None
-        if trial is not None:
-            number, parameters = state["pending"]
-            self._trial = Pending(number, trial, parameters)
-        self.overhead = state["overhead"]
-        self._started = time.perf_counter() - state["seconds"]
-        self._axes = None
+        self.state = checked_state(state, self.state)
+        self._changes.pending = restore_run(state, self.judge, self.meter, trial)
+        self._watch.go_on(state["overhead"], state["seconds"])
         plan = start_data(self.state, self.settings, self.limits)
         restore_chronicle(self.chronicle, state["chronicle"], plan)
 
@@ -205,9 +213,36 @@ class Evolver:
         for watcher in watchers:
             self._audience.add(watcher)
 
-    def step(self) -> None:
-        """Count one optimizer step. Costs nothing else."""
+    @property
+    def progress(self) -> float | None:
+        """Share of the run that is done: of ``Budget.compute``, else of ``Settings.epochs``.
+
+        None where neither is known. A schedule that follows it ends when the computing does.
+        """
+        if self.budget.compute is not None:
+            return min(1.0, self.meter.spent / self.budget.compute)
+        if self.settings.epochs is not None:
+            return min(1.0, self.chronicle.epoch_number / self.settings.epochs)
+        return None
+
+    def step(self, batch: Batch | None = None) -> None:
+        """Count one optimizer step.
+
+        Args:
+            batch: what the step was made on. The first four of an epoch are held on to, so that
+                training and held-out loss can be compared, and the computing is counted; without
+                them the evolver leaves regularisation alone.
+
+        Raises:
+            SettingsError: no batch although the budget limits the computing.
+        """
         self.chronicle.step += 1
+        if batch is not None:
+            self.meter.trained(batch)
+            if len(self._scene.recent) < RECENT:
+                self._scene.recent.append(batch)
+        elif self.budget.compute is not None:
+            raise no_batch()
 
     def end_epoch(self, accuracy: float | None = None) -> Epoch:
         """Measure on held-out data, end or start a trial, and write it down.
@@ -217,27 +252,54 @@ class Evolver:
 
         Ctrl-C comes through where the model and what is known of it agree; a second one at once.
         """
-        with held_back(), self._own_time():
+        with held_back(), self._watch:
             number = self.state.epoch + 1
             self.chronicle.epoch_number = number
-            score = evaluate(self.model, self.loss_fn, self.holdout)
-            point = Point(number, score.loss, score.error or 0.0)
-            planned = self.chronicle.planned
+            if self.judge.count is None:
+                self.judge.count = self._allowance().judging
+            score, planned = self.judge.score(), self.chronicle.planned
+            point = Point(number, score.loss, self.judge.error(score), self.progress)
             self.state = planned("observed", observed(self.state, point), point=point)
-            verdict = self._judge()
-            if verdict is not None and not verdict.kept and self._kept_score is not None:
-                score = self._kept_score  # the model is bit for bit the one this was measured on
-            self._kept_score = score
+            verdict = self._changes.conclude()
+            if verdict is not None and not verdict.kept and self.judge.kept is not None:
+                score = self.judge.kept  # the model is bit for bit the one this was measured on
+            self.judge.kept = score
             parameters = count_parameters(self.model)
             memory = tensor_bytes(self.model, self.optimizer)
-            self.chronicle.epoch(score, accuracy, parameters, self._flops(), memory)
-            ready, why = planned("wants_change", wants_change(self.state, self.settings))
-            decision = self._decide() if ready else None
+            self.chronicle.epoch(score, accuracy, parameters, self._scene.flops(), memory)
+            ready, why = self._ready()
+            asked = self._changes.decide(self._allowance()) if ready else (None, ())
+            decision, proposals = asked
+            self._scene.recent.clear()  # the last ones are fitted as no others are
             self.chronicle.decided()
             self._audience.tell()
         said = decision or verdict
         why = said.why if said else why
-        return Epoch(number, score, count_parameters(self.model), verdict, decision, why)
+        left = count_parameters(self.model)
+        return Epoch(number, score, left, verdict, decision, why, proposals)
+
+    def _ready(self) -> tuple[bool, str]:
+        """Whether to look for a change now, and if not, why not."""
+        if self.settings.mode == "observe":
+            return False, "observing only"
+        wanted = wants_change(self.state, self.settings)
+        ready, why = self.chronicle.planned("wants_change", wanted)
+        if ready and not self._allowance().surveys:
+            return False, f"measuring has used its {self.settings.overhead:.0%} of the computing"
+        return ready, why
+
+    def _allowance(self) -> Allowance:
+        total = self.budget.compute or self.meter.spent / max(self.progress or 1.0, 1e-9)
+        batch, count = self._scene.batch_flops, len(self._scene.batches)
+        share, reserved = self.settings.overhead, self._reserved()
+        return Allowance(self.meter, share, total, batch, count, reserved)
+
+    def _reserved(self) -> float:
+        """Held-out batches that the rest of the run will be judged by, by what it was so far."""
+        if not self.state.epoch or not self.progress:
+            return 0.0
+        left = self.state.epoch * (1 / self.progress - 1)
+        return left * (self.judge.count or 0)
 
     def close(self) -> None:
         """End the run: a trial too young for a verdict is taken back, the journal is closed.
@@ -251,15 +313,9 @@ class Evolver:
         if self._closed:
             return
         self._closed = True
-        if self._trial is not None:
-            pending, self._trial = self._trial, None
-            pending.trial.roll_back()
-            self._axes = None
-            why = "the run ended before its verdict"
-            self.chronicle.verdict(pending.number, "rolled_back", why)
+        self._changes.abandon("the run ended before its verdict")
         self.chronicle.decided()
-        seconds = time.perf_counter() - self._started
-        self.chronicle.end(self._flops(), seconds, self.overhead)
+        self.chronicle.end(self._scene.flops(), self._watch.total, self._watch.own)
         self._audience.close()
 
     def report(self, path: str | os.PathLike[str], *, title: str = "neuroexapt run") -> Path:
@@ -276,121 +332,3 @@ class Evolver:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    @contextmanager
-    def _own_time(self) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.overhead += time.perf_counter() - started
-
-    def _map(self) -> AxisMap:
-        """The map of the model as it is, made anew only after a change, also one by hand."""
-        form = _form(self.model)
-        if self._axes is None or self._mapped != form:
-            self._axes, self._mapped = map_axes(self.model, *self._example), form
-        return self._axes
-
-    def _flops(self) -> int:
-        return flops_of(self._map().traces[0])
-
-    def _judge(self) -> Verdict | None:
-        planned = self.chronicle.planned
-        outcome = planned("judge", judge(self.state, self.settings, self.limits))
-        if outcome is None or self._trial is None:
-            return None
-        self.state, verdict = outcome
-        pending, self._trial = self._trial, None
-        if verdict.kept:
-            pending.trial.keep()
-        else:
-            pending.trial.roll_back()
-            self._axes = None
-        name = "kept" if verdict.kept else "rolled_back"
-        realised = {"loss": verdict.realised, "parameters": pending.parameters}
-        self.chronicle.verdict(pending.number, name, verdict.why, realised)
-        return verdict
-
-    def _decide(self) -> Decision:
-        axes = self._map()
-        surveyor = Surveyor(
-            self.model,
-            self.optimizer,
-            self.loss_fn,
-            self._batches,
-            self._example,
-            axes,
-            self.settings.seed + self.state.epoch,
-        )
-        now = count_parameters(self.model), self._flops()
-        try:
-            survey = surveyor.take()
-            candidates = propose(survey)
-        except NeuroExaptError as error:
-            return Decision(None, f"the model could not be surveyed: {error}")
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            release_cached()
-            return Decision(None, f"the model could not be surveyed, out of memory: {error}")
-        self.chronicle.survey(survey.readings)
-        chosen = choose(self.state, self.settings, self.limits, candidates, now)
-        self.chronicle.planned("choose", chosen, candidates=candidates, now=now)
-        self.state, decision = chosen
-        if decision.candidate is not None:
-            self._try(decision, decision.candidate, axes)
-        return decision
-
-    def _try(self, decision: Decision, candidate: Candidate, axes: AxisMap) -> None:
-        number = self.chronicle.proposal(decision, candidate)
-        held = self.model, self.optimizer, self._copies
-        room = room_left(self.limits, *held, axes)
-        trial = new_trial(*held, room, self.settings, (self.loss_fn, self._batches))
-        try:
-            done = trial.apply(candidate.edit, *self._example, axes=axes)
-        except NeuroExaptError as error:
-            self._refuse(number, candidate, str(error), for_good=True)
-            return
-        except BaseException:
-            trial.roll_back()
-            raise
-        first = self._first_check(trial, candidate)
-        if not first.kept:
-            trial.roll_back()
-            self._refuse(number, candidate, first.why, for_good=False)
-            return
-        added = done.parameters_after - done.parameters_before
-        self._axes = None
-        begun = started(self.state, candidate)
-        self.state = self.chronicle.planned("started", begun, candidate=candidate)
-        self._trial = Pending(number, trial, added)
-        self.chronicle.applied(number, done)
-
-    def _first_check(self, trial: Trial, candidate: Candidate) -> Verdict:
-        """Measure the edited model; whatever stops that, the edit is taken back first."""
-        try:
-            assert self._kept_score is not None
-            step = evaluate(self.model, self.loss_fn, self.holdout).loss - self._kept_score.loss
-            first = bearable(self.state, self.settings, self.limits, candidate, step)
-            return self.chronicle.planned("bearable", first, candidate=candidate, step=step)
-        except (RuntimeError, MemoryError) as error:
-            trial.roll_back()
-            if not ran_out(error):
-                raise
-            return Verdict(False, f"out of memory: {error}", float("nan"))
-        except BaseException:
-            trial.roll_back()
-            raise
-
-    def _refuse(self, number: int, candidate: Candidate, why: str, *, for_good: bool) -> None:
-        state = refused(self.state, candidate, for_good=for_good)
-        said = {"candidate": candidate, "for_good": for_good}
-        self.state = self.chronicle.planned("refused", state, **said)
-        self.chronicle.verdict(number, "refused", why)
-
-
-def _form(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
-    """What a map depends on and an edit changes: the modules, and the shapes of parameters."""
-    modules = tuple((path, type(module)) for path, module in model.named_modules())
-    return modules, tuple((name, p.shape) for name, p in model.named_parameters())

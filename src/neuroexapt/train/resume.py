@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neuroexapt.errors import CheckpointError
 from neuroexapt.guard import Trial
 from neuroexapt.measure import HoldoutScore
-from neuroexapt.plan import Decision, State, Verdict
+from neuroexapt.plan import State
+from neuroexapt.train.attempt import Pending
+from neuroexapt.train.judge import Judge
+from neuroexapt.train.meter import Meter
 
 if TYPE_CHECKING:
     from neuroexapt.train.chronicle import Chronicle
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What happened at the end of an epoch.
-
-    Attributes:
-        number: the epoch, counted from 1.
-        holdout: the held-out loss of the model as it goes into the next epoch.
-        parameters: its number of parameters.
-        verdict: the end of a trial, if one ended.
-        decision: what was decided, if a change was considered. Its candidate is on trial, unless
-            the edit was refused, which the journal tells.
-        why: one sentence on why nothing was decided, else the decision's or verdict's.
-    """
-
-    number: int
-    holdout: HoldoutScore
-    parameters: int
-    verdict: Verdict | None
-    decision: Decision | None
-    why: str
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A trial under way: its number in the journal and the parameters it added."""
-
-    number: int
-    trial: Trial
-    parameters: int
 
 
 def chronicle_state(chronicle: Chronicle) -> dict[str, Any]:
@@ -68,8 +39,32 @@ def restore_chronicle(
     chronicle.journal.go_back(state["seq"], state["events"], plan=plan)
 
 
-def checked_state(state: Mapping[str, Any], fresh: State) -> tuple[State, HoldoutScore | None]:
-    """The controller's state and the last score, of a run that began as this one.
+def run_state(state: State, judge: Judge, meter: Meter, pending: Pending | None) -> dict[str, Any]:
+    """What the controller remembers, what was measured last, what was used so far."""
+    trial = None if pending is None else (pending.number, pending.parameters, pending.since)
+    return {
+        "state": state,
+        "score": judge.kept,
+        "judging": judge.count,
+        "meter": (meter.training, meter.own),
+        "pending": trial,
+    }
+
+
+def restore_run(
+    state: Mapping[str, Any], judge: Judge, meter: Meter, trial: Trial | None
+) -> Pending | None:
+    """Put back what :func:`run_state` told; the trial under way, if there is one."""
+    judge.kept, judge.count = state["score"], state["judging"]
+    meter.training, meter.own = state["meter"]
+    if trial is None:
+        return None
+    number, parameters, since = state["pending"]
+    return Pending(number, trial, parameters, since)
+
+
+def checked_state(state: Mapping[str, Any], fresh: State) -> State:
+    """The controller's state, of a run that began as this one.
 
     Raises:
         CheckpointError: it began with another model.
@@ -85,7 +80,7 @@ def checked_state(state: Mapping[str, Any], fresh: State) -> tuple[State, Holdou
             f"{begun[0]} parameters and {begun[1]} FLOPs at the start",
             f"{fresh.start_parameters} and {fresh.start_flops}, as the factory builds it",
         )
-    return saved, score
+    return saved
 
 
 def _unlike(seen: str, needed: str) -> CheckpointError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -19,21 +19,37 @@ from neuroexapt.edit import Edit, InsertConv, Patch, Widen, is_branch
 from neuroexapt.guard import Transaction
 from neuroexapt.measure import (
     Batch,
+    HoldoutScore,
     LossFn,
     Reading,
     activations,
     batch_size_of,
+    chance_modules,
+    evaluate,
     flops_of,
     gate_slopes,
+    generalisation_gap,
     gradients,
     growth_gain,
+    measuring,
+    read_chance,
     read_duplicate_units,
     read_effective_rank,
     removal_loss,
     slopes,
     undisturbed,
 )
-from neuroexapt.plan import GrowOption, ShrinkOption, Survey, WidthSurvey
+from neuroexapt.plan import (
+    SHARES,
+    Chance,
+    Fitting,
+    GrowOption,
+    ShrinkOption,
+    SqueezeOption,
+    Survey,
+    WidthSurvey,
+    squeezed,
+)
 
 _SHRINK = (0.125, 0.25, 0.5)  # shares of a width that a proposal may remove
 _SMALL = 16  # a width up to this size doubles when it grows; a larger one gains half
@@ -50,6 +66,9 @@ class Surveyor:
         batches: at least four held-out batches; signals come from these.
         example: positional and keyword example input.
         axes: the model's present map.
+        recent: batches it was trained on lately; none if the caller gave none.
+        places: how many places of growth are measured, the most saturated ones.
+        judged: the held-out loss of the model as it is, if it was measured already.
     """
 
     model: nn.Module
@@ -59,22 +78,91 @@ class Surveyor:
     example: tuple[tuple[Any, ...], Mapping[str, Any]]
     axes: AxisMap
     seed: int = 0
+    recent: Sequence[Batch] = ()
+    places: int | None = None
+    judged: HoldoutScore | None = None
     _per_unit: dict[str, float] = field(default_factory=dict)
 
     def take(self) -> Survey:
-        """The survey of this moment."""
+        """The survey of this moment, everything at once."""
+        return self.grown(self.sized(self.fitted()))
+
+    def fitted(self) -> Survey:
+        """How training and held-out data are fitted, if the caller gave training batches."""
+        fitting = self._fitting() if self.recent else None
+        flops = flops_of(self.axes.traces[0])
+        return Survey(self._parameters({}), flops, (), (), fitting=fitting)
+
+    def sized(self, survey: Survey) -> Survey:
+        """And what each unit of each width is worth."""
         with undisturbed(self.model):
-            self.model.eval()
-            beside = self.existing_slopes()
+            measuring(self.model, batch_size_of(self.batches[0]))
             removal = self._removal()
             acts = self._activations()
-            flops = flops_of(self.axes.traces[0])
             widths = tuple(
-                self._width(self.axes.widths[name], *pair, acts.get(name), flops)
+                self._width(self.axes.widths[name], *pair, acts.get(name), survey.flops)
                 for name, pair in removal.items()
             )
-            grow = tuple(self._growth(flops, beside))
-        return Survey(self._parameters({}), flops, widths, grow)
+            squeeze = tuple(self._squeezes(widths, survey.flops))
+        return replace(survey, widths=widths, squeeze=squeeze)
+
+    def grown(self, survey: Survey) -> Survey:
+        """And what more of anything would earn."""
+        with undisturbed(self.model):
+            measuring(self.model, batch_size_of(self.batches[0]))
+            grow = tuple(self._growth(survey.flops, survey.widths))
+        return replace(survey, grow=grow)
+
+    def _fitting(self) -> Fitting:
+        """The gap between held-out and training loss, and what dropout has to do with it."""
+        train = evaluate(self.model, self.loss_fn, self.recent, fresh=True)
+        holdout = self.judged or evaluate(self.model, self.loss_fn, self.batches, fresh=True)
+        dropouts = [
+            Chance(_host(path), float(module.p), _kind(module))  # type: ignore[arg-type]
+            for path, module in chance_modules(self.model).items()
+        ]
+        if any(one.p > 0 for one in dropouts):
+            chance = read_chance(self.model, self.loss_fn, self.recent)
+        else:
+            chance = Reading("chance", "model", 0.0, "nats", 0.0, 0)  # nothing drops
+        return Fitting(
+            generalisation_gap(train, holdout),
+            train.loss,
+            chance,
+            tuple(dropouts),
+            tuple(self._hidden()),
+        )
+
+    def _hidden(self) -> list[str]:
+        """Paths of activations, the last one first: dropout belongs in front of the head."""
+        runs = dict.fromkeys(run.path for run in self.axes.traces[0].runs)
+        modules = dict(self.model.named_modules())
+        found = [path for path in runs if isinstance(modules.get(path), _ACTIVATIONS)]
+        return [path for path in reversed(found) if not _is_inserted(path)]
+
+    def _squeezes(self, widths: Sequence[WidthSurvey], flops: int) -> Iterator[SqueezeOption]:
+        """Several widths at once, in steps of what they would save."""
+        now = self._parameters({})
+        costs = {
+            width.name: (now - self._parameters({width.name: width.size - 1})) / now
+            + self._unit_flops(self.axes.widths[width.name], flops) / max(1, flops)
+            for width in widths
+        }
+        found = [squeezed(widths, costs, share) for share in SHARES]
+        for number, sizes in enumerate(found):
+            if len(sizes) > 1 and sizes not in found[:number]:
+                saved = self._parameters(sizes) - now
+                yield SqueezeOption(tuple(sizes.items()), saved, self._flops_at(sizes) - flops)
+
+    def _chances(self, width: str) -> tuple[tuple[str, float], ...]:
+        """The modules that drop single units of a width."""
+        found = []
+        for path, module in chance_modules(self.model).items():
+            inputs = self.axes.modules[path].inputs if path in self.axes.modules else ()
+            names = {leaf.name for dims in inputs[:1] for dim in dims for leaf in leaves(dim)}
+            if width in names and _kind(module) == "dropout":
+                found.append((_host(path), float(module.p)))  # type: ignore[arg-type]
+        return tuple(found)
 
     def existing_slopes(self) -> Tensor:
         """What the parameters that are there already promise on each signal batch."""
@@ -135,6 +223,9 @@ class Surveyor:
             tuple(float(value) for value in error),
             tuple(readings),
             tuple(self._shrinking(width, flops)),
+            width.multiple,
+            width.least,
+            self._chances(width.name),
         )
 
     def _shrinking(self, width: Width, flops: int) -> Iterator[ShrinkOption]:
@@ -168,8 +259,15 @@ class Surveyor:
         trace = capture(self.model, args, kwargs, shapes=shapes, attributes=values)
         return flops_of(trace)
 
-    def _growth(self, flops: int, beside: Tensor) -> Iterator[GrowOption]:
-        for edit in self._growing_edits():
+    def _growth(self, flops: int, widths: Sequence[WidthSurvey]) -> Iterator[GrowOption]:
+        """The gain of each growing edit, or of the most promising of them."""
+        edits = list(self._growing_edits())
+        if self.places is not None:
+            fullness = {width.name: _fullness(width) for width in widths}
+            edits.sort(key=lambda edit: -fullness.get(edit.place, 0.0))
+            edits = edits[: self.places]
+        beside = self.existing_slopes() if edits else torch.zeros(0)
+        for edit in edits:
             option = self.growth_of(edit, flops, beside)
             if option is not None:
                 yield option
@@ -180,8 +278,11 @@ class Surveyor:
             added = width.size if width.size <= _SMALL else width.size // 2
             yield Widen(width.name, by=added)
         for path, module in self.model.named_modules():
-            original = not any(is_branch(part) for part in path.split("."))
-            if original and path in self.axes.modules and isinstance(module, _ACTIVATIONS):
+            if (
+                not _is_inserted(path)
+                and path in self.axes.modules
+                and isinstance(module, _ACTIVATIONS)
+            ):
                 yield InsertConv(path, seed=self.seed)
 
     def growth_of(self, edit: Edit, flops: int, beside: Tensor) -> GrowOption | None:
@@ -227,6 +328,26 @@ class Surveyor:
         stacked = torch.stack(rows).float().cpu()
         alive = stacked.abs().sum(0) > 0
         return stacked[:, alive] if bool(alive.any()) else None
+
+
+def _fullness(width: WidthSurvey) -> float:
+    """Effective rank over width; 0 where it was not measured."""
+    values = [r.value for r in width.readings if r.signal == "effective_rank"]
+    return values[0] / width.size if values else 0.0
+
+
+def _is_inserted(path: str) -> bool:
+    return any(is_branch(part) for part in path.split("."))
+
+
+def _host(path: str) -> str:
+    """What was inserted is spoken of by the module that it was inserted behind."""
+    parent, _, name = path.rpartition(".")
+    return parent if is_branch(name) else path
+
+
+def _kind(module: nn.Module) -> str:
+    return "stochastic_depth" if type(module).__name__ == "StochasticDepth" else "dropout"
 
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU)

@@ -1,0 +1,1 @@
+"""What evolving brings on whole training runs, beside every arm that keeps the claim honest."""
