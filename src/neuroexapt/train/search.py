@@ -50,16 +50,17 @@ class Search:
     def survey(self, surveyor: Surveyor) -> Survey:
         """What was measured: all of it, or as much as was needed.
 
-        Regularisation comes before structure, and growth is looked at when nothing can go.
+        Regularisation comes before structure. Where computing ends the run, growth is looked at
+        when nothing can go, and its steps would not be missed.
         """
         survey = surveyor.fitted()
-        for further in (surveyor.sized, surveyor.grown):
-            if self.frugal and self._found(survey):
-                break
-            if further == surveyor.grown and not self._may_grow():
-                break
-            survey = further(survey)
-        return survey
+        if self.frugal and self._found(survey):
+            return survey
+        survey = surveyor.sized(survey)
+        bound = self.state.compute_bound
+        if bound and (self._found(survey) or not self._may_grow()):
+            return survey
+        return surveyor.grown(survey)
 
     def proposals(self, survey: Survey) -> tuple[Proposal, ...]:
         """What the survey proposes, the best first."""
@@ -74,5 +75,4 @@ class Search:
     def _may_grow(self) -> bool:
         """Whether a larger model would not miss the steps that it costs."""
         state = self.state
-        missed = -worth_of_speed(state.points, _LARGER, state.start_loss)
-        return not state.compute_bound or missed < _MISSED
+        return -worth_of_speed(state.points, _LARGER, state.start_loss) < _MISSED
