@@ -348,3 +348,33 @@ def test_fake_tensors_go_first_on_an_accelerator() -> None:
     ):
         with pytest.raises(VerifyError, match=word):
             _check_fake(broken, args, {}, before)
+
+
+class Counts(nn.Module):
+    """Counts its calls on real data."""
+
+    def __init__(self, seen: list[bool]) -> None:
+        super().__init__()
+        self.put_down = seen.append  # a bound method: what a look leaves in a list is taken back
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor:
+            self.put_down(self.training)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("between", "runs"),
+    [
+        (nn.Identity(), [True, True]),
+        (nn.Dropout(0.0), [True, True]),
+        (nn.Dropout(0.5), [False, True, False, True]),
+        (nn.BatchNorm1d(4), [False, True, False, True]),
+    ],
+)
+def test_the_model_runs_no_more_often_than_it_must(between: nn.Module, runs: list[bool]) -> None:
+    """Once before and once after where both modes are one computation, else once in each."""
+    seen: list[bool] = []
+    model = nn.Sequential(nn.Linear(3, 4), between, nn.ReLU(), nn.Linear(4, 2), Counts(seen))
+    apply(model, Widen("0", by=2), (torch.randn(5, 3),))
+    assert seen == runs

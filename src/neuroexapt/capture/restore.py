@@ -23,6 +23,7 @@ from neuroexapt.capture.interrupts import held_back
 _CONTAINERS = (dict, list, set)
 _DEEPEST = 4  # objects in lists in objects of a module: further in nobody keeps state
 _LONGEST = 1000
+_PLAIN = {bool, int, float, str, type(None), tuple, nn.Parameter}  # most of what a module holds
 _OPAQUE = (Tensor, nn.Module, type, types.ModuleType)
 
 
@@ -38,10 +39,13 @@ def _spaces(model: nn.Module) -> list[Any]:
 
 
 def _inside(space: Any) -> Iterator[Any]:
-    if len(space) > _LONGEST:
+    if not space or len(space) > _LONGEST:
         return
     for value in list(space.values() if isinstance(space, dict) else space):
-        if type(value) in _CONTAINERS or isinstance(value, OrderedDict):
+        kind = type(value)
+        if kind in _PLAIN:
+            continue
+        if kind in _CONTAINERS or isinstance(value, OrderedDict):
             yield value
         elif hasattr(value, "__dict__") and not isinstance(value, _OPAQUE) and not callable(value):
             yield vars(value)
@@ -62,8 +66,10 @@ def _same(value: Any, contents: Any) -> bool:
     """Identity of every item: tensors have no truth value to compare by."""
     if len(value) != len(contents):
         return False
+    if not value:
+        return True
     if isinstance(value, dict):
-        return all(k in contents and contents[k] is item for k, item in value.items())
+        return all(contents.get(k, contents) is item for k, item in value.items())
     if isinstance(value, list):
         return all(a is b for a, b in zip(value, contents, strict=True))
     return {id(item) for item in value} == {id(item) for item in contents}

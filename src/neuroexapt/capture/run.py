@@ -223,9 +223,9 @@ def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return new
 
 
-def _fake_like(tensor: Tensor, shape: Sequence[int] | None) -> Tensor:
+def _fake_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor without data; dimensions in memory order, which some operators go by."""
-    shape = tuple(tensor.shape if shape is None else shape)
+    shape = tuple(shape)
     kind: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
     if tensor.layout != torch.strided:
         return torch.empty(shape, **kind)
@@ -240,14 +240,10 @@ def _stand_ins(
     model: nn.Module, shapes: Mapping[str, Sequence[int]], fake: bool
 ) -> dict[str, Tensor]:
     made: dict[int, Tensor] = {}
-    result = {}
+    result, make = {}, _fake_like if fake else _resized
     for name, tensor in named_tensors(model).items():
         if id(tensor) not in made:
-            shape = shapes.get(name)
-            if fake:
-                made[id(tensor)] = _fake_like(tensor, shape)
-            else:
-                made[id(tensor)] = _resized(tensor, tensor.shape if shape is None else shape)
+            made[id(tensor)] = make(tensor, shapes.get(name, tensor.shape))
         result[name] = made[id(tensor)]
     return result
 
@@ -340,13 +336,18 @@ def capture(
 
 
 def capture_both(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    track: bool = True,
 ) -> tuple[Trace, ...]:
     """The run in evaluation mode and the run in training mode, those that go through.
 
     A model may take other paths while it trains (auxiliary heads), so both are needed; one
     that runs in only one of them (batch normalisation refuses a batch of one value per
-    channel in training mode) is still understood from the other.
+    channel in training mode) is still understood from the other. ``track`` as in
+    :func:`capture`.
 
     Raises:
         CaptureError: neither run went through.
@@ -357,7 +358,7 @@ def capture_both(
     failures: list[RunFailure] = []
     for training in (False, True):
         try:
-            traces.append(capture(model, args, kwargs, training=training, track=True))
+            traces.append(capture(model, args, kwargs, training=training, track=track))
         except RunFailure as failure:
             failures.append(failure)
     if not traces:

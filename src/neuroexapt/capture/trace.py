@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import linecache
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -199,6 +199,37 @@ def refs_in(value: Any) -> Iterator[TensorRef]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from refs_in(item)
+
+
+def same_computation(traces: Sequence[Trace]) -> bool:
+    """Whether several runs of one model made the same calls on the same tensors.
+
+    Then the model does in training mode what it does in evaluation mode: it has no batch norm and
+    no dropout that is not zero.
+    """
+    first, *others = traces
+    operators = [call.op for call in first.calls]
+    if any([call.op for call in other.calls] != operators for other in others):
+        return False
+    return all(_numbered(other) == _numbered(first) for other in others)
+
+
+def _numbered(trace: Trace) -> Any:
+    """What a run computed, each tensor by the order in which it was met."""
+    known: dict[TensorRef, int] = {}
+
+    def number(value: Any) -> Any:
+        if isinstance(value, TensorRef):
+            return known.setdefault(value, len(known)), value.shape, value.dtype
+        if isinstance(value, (tuple, list)):
+            return [number(item) for item in value]
+        if isinstance(value, Mapping):
+            return [(key, number(item)) for key, item in value.items()]
+        return value
+
+    begin = number([*trace.tensors.items(), *trace.inputs])
+    calls = [number([c.op, c.overload, c.args, c.kwargs, c.outputs]) for c in trace.calls]
+    return begin, calls, number(trace.outputs), trace.fake
 
 
 def nested(value: Any, ref: Callable[[torch.Tensor], TensorRef]) -> Any:

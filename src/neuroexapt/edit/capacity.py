@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, prod
@@ -14,6 +15,7 @@ from neuroexapt.capture.flops import batch_of
 from neuroexapt.couple import AxisMap, Expr, Product, leaves, size_of
 from neuroexapt.edit.amount import Amounts
 from neuroexapt.edit.base import Edit
+from neuroexapt.edit.branches import Spec
 from neuroexapt.edit.doors import ROOT
 from neuroexapt.edit.insert import ConvSpec, InsertConv
 from neuroexapt.edit.layer import InsertLayer, MlpSpec
@@ -278,17 +280,19 @@ class _Search:
         parameters, flops = self.amounts.parameters(sizes), self.amounts.flops(sizes)
         batch = batch_of(self.amounts.axes.traces[0])
         for place, insertion in zip(self.places, insertions, strict=True):
-            shapes = _shapes(insertion)
+            shapes = _shapes(replace(insertion.spec, seed=0))
             parameters += sum(prod(shape) for shape in shapes)
             weights = sum(prod(shape) for shape in shapes if len(shape) > 1)
             flops += 2 * weights * place.positions // batch
         return Growth(sizes, insertions, parameters, flops)
 
 
-def _shapes(insertion: Insertion) -> list[torch.Size]:
+@functools.lru_cache(maxsize=1024)
+def _shapes(spec: Spec) -> tuple[torch.Size, ...]:
+    """Of the parameters that will be made; none of them is."""
     with torch.device("meta"):
-        made = insertion.spec.make(nn.Identity())
-    return [parameter.shape for parameter in made.parameters()]
+        made = spec.make(nn.Identity())
+    return tuple(parameter.shape for parameter in made.parameters())
 
 
 def _is_number(value: object) -> bool:

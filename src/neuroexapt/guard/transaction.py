@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from neuroexapt.capture import Trace
 from neuroexapt.capture.interrupts import breathe, held_back
 from neuroexapt.capture.run import named_tensors
+from neuroexapt.capture.trace import same_computation
 from neuroexapt.couple import AxisMap, map_axes
 from neuroexapt.edit import Edit, Patch
 from neuroexapt.guard.config import Run, follow, owners
@@ -142,7 +143,8 @@ class Transaction:
         patch = edit.plan(axes, named_tensors(self.model))
         needs = self._check_memory(patch, edit)
         modes = tuple(trace.training for trace in axes.traces)
-        before = behaviour(self.model, args, kwargs, modes)
+        once = same_computation(axes.traces)
+        before = behaviour(self.model, args, kwargs, modes, once=once)
         parameters = _count(self.model)
         configs = owners(self.model)
         breathe()

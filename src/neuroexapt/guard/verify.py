@@ -16,6 +16,7 @@ from neuroexapt.capture import Trace
 from neuroexapt.capture.masks import mask_of
 from neuroexapt.capture.restore import restored
 from neuroexapt.capture.run import capture_both, opened
+from neuroexapt.capture.trace import same_computation
 from neuroexapt.edit import Patch
 from neuroexapt.errors import CaptureError, VerifyError
 
@@ -64,23 +65,46 @@ class Behaviour:
         shapes: shapes of all outputs.
         identities: parameter and buffer names to object ids (tied names share one).
         kinds: names to dtype and device.
+        graph: outputs in the last mode through which a backward can go, where one was asked for.
     """
 
     outputs: Mapping[bool, tuple[Tensor, ...]]
     shapes: Mapping[bool, tuple[tuple[int, ...], ...]]
     identities: Mapping[str, int]
     kinds: Mapping[str, tuple[torch.dtype, torch.device]]
+    graph: tuple[Tensor, ...] = ()
 
 
 def behaviour(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], modes: tuple[bool, ...]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    modes: tuple[bool, ...],
+    *,
+    once: bool = False,
+    leaves: Mapping[str, Tensor] | None = None,
 ) -> Behaviour:
-    """Run the real model in the given modes; buffers, flags and random states are untouched."""
+    """Run the real model in the given modes; buffers, flags and random states are untouched.
+
+    Args:
+        model: the model.
+        args: positional example input.
+        kwargs: keyword example input.
+        modes: training or not.
+        once: it computes the same in all modes, so that one run tells of all.
+        leaves: stand-ins for its parameters that the graph of the run in the last mode leads to.
+    """
     outputs, shapes = {}, {}
-    for training in modes:
-        tensors = _forward(model, args, kwargs, training)
-        outputs[training] = tuple(t for t in tensors if t.is_floating_point())
+    graph: tuple[Tensor, ...] = ()
+    for training in modes[-1:] if once else modes:
+        stand_ins = leaves if training == modes[-1] else None
+        tensors = _forward(model, args, kwargs, training, stand_ins, graph=stand_ins is not None)
+        graph = tuple(t for t in tensors if t.requires_grad)
+        outputs[training] = tuple(t.detach() for t in tensors if t.is_floating_point())
         shapes[training] = tuple(tuple(t.shape) for t in tensors)
+    if once:
+        outputs = {mode: outputs[modes[-1]] for mode in modes}
+        shapes = {mode: shapes[modes[-1]] for mode in modes}
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -90,6 +114,7 @@ def behaviour(
         shapes,
         {name: id(tensor) for name, tensor in named.items()},
         {name: (tensor.dtype, tensor.device) for name, tensor in named.items()},
+        graph,
     )
 
 
@@ -99,11 +124,13 @@ def _forward(
     kwargs: Mapping[str, Any],
     training: bool,
     parameters: Mapping[str, Tensor] | None = None,
+    graph: bool = False,
 ) -> list[Tensor]:
     # Batch norm updates its buffers in training mode: it gets copies.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     buffers.update(parameters or {})
-    with restored(model, training), torch.no_grad(), WithoutChance():  # type: ignore[no-untyped-call]
+    chance = WithoutChance()  # type: ignore[no-untyped-call]
+    with restored(model, training), torch.set_grad_enabled(graph), chance:
         copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
         try:
             result = functional_call(model, buffers, copies[0], copies[1])
@@ -114,8 +141,9 @@ def _forward(
                 needed="an example input on which the real forward runs",
                 next_step="check its dtype and device; the model is untouched",
             ) from error
-    # A forward may turn gradients on by itself; its graph would hold the parameters.
-    tensors = [leaf.detach() for leaf in opened(result) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in opened(result) if isinstance(leaf, Tensor)]
+    if not graph:  # a forward may turn gradients on by itself; its graph would hold the parameters
+        tensors = [tensor.detach() for tensor in tensors]
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
 
 
@@ -130,7 +158,7 @@ def verify(
     """Check an edited model against what it did before; return the largest output difference.
 
     Runs it on fake tensors (shapes; a failing kernel would end the process on an accelerator),
-    on the real batch (the promise), then backward once (finite gradients); surviving parameters
+    on the real batch (the promise), and backward once (finite gradients); surviving parameters
     must be the same objects of the same kind. ``check`` looks at the run on fake tensors before
     the real one, and may raise.
 
@@ -141,8 +169,12 @@ def verify(
     for trace in traces:
         _check_masks(trace, patch)
     check(traces)
+    leaves = {
+        n: p.detach().requires_grad_() for n, p in model.named_parameters() if p.requires_grad
+    }
+    once = same_computation(traces)
     try:
-        after = behaviour(model, args, kwargs, tuple(before.outputs))
+        after = behaviour(model, args, kwargs, tuple(before.outputs), once=once, leaves=leaves)
     except CaptureError as error:
         raise _fail(error.place, error.seen, "a forward that runs after the edit") from error
     for training, shapes in after.shapes.items():
@@ -153,7 +185,7 @@ def verify(
         _check_promise(relative, _rounding(model, args, kwargs, after), place, before)
     if patch.preserves != "exact":
         difference, _, _ = _difference(before, after)
-    _check_gradients(model, args, kwargs, after)
+    _check_gradients(after, leaves)
     return difference
 
 
@@ -176,7 +208,7 @@ def _check_fake(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], before: Behaviour
 ) -> Sequence[Trace]:
     try:
-        traces = capture_both(model, args, kwargs)
+        traces = capture_both(model, args, kwargs, track=False)
     except CaptureError as error:
         raise _fail(error.place, error.seen, "a forward that runs after the edit") from error
     for trace in traces:
@@ -311,29 +343,16 @@ def _gradients(loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor | None]:
         return [None] * len(leaves)
 
 
-def _check_gradients(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], after: Behaviour
-) -> None:
-    """One backward on stand-ins for the parameters: the real ones get no graph and no gradient."""
-    training = max(after.outputs)
-    outputs = after.outputs[training]
+def _check_gradients(after: Behaviour, leaves: Mapping[str, Tensor]) -> None:
+    """One backward to stand-ins for the parameters: the real ones get no graph and no gradient."""
+    outputs = after.outputs[max(after.outputs)]
     if any(out.is_meta for out in outputs):
         return
-    if not outputs or not all(out.isfinite().all() for out in outputs):
+    if not after.graph or not all(out.isfinite().all() for out in outputs):
         return  # what was not finite before is not for this edit to answer
-    stand_ins = {
-        name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad
-    }
-    copies = {**stand_ins, **{n: b.clone() for n, b in model.named_buffers()}}
-    with restored(model, training), torch.enable_grad(), WithoutChance():  # type: ignore[no-untyped-call]
-        inputs = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
-        result = functional_call(model, copies, inputs[0], inputs[1])
-        leaves = [t for t in opened(result) if isinstance(t, Tensor) and t.requires_grad]
-        if not leaves:
-            return
-        # Not squared: a mask of the smallest number in the outputs would overflow.
-        loss = torch.stack([leaf.double().mean() for leaf in leaves]).sum()
-        grads = _gradients(loss, list(stand_ins.values()))
-    for name, grad in zip(stand_ins, grads, strict=True):
+    # Not squared: a mask of the smallest number in the outputs would overflow.
+    loss = torch.stack([leaf.double().mean() for leaf in after.graph]).sum()
+    grads = _gradients(loss, list(leaves.values()))
+    for name, grad in zip(leaves, grads, strict=True):
         if grad is not None and not grad.isfinite().all():
             raise _fail(name, "a gradient that is not finite", "finite gradients")

@@ -67,14 +67,15 @@ def before(world: World) -> Before:
     """Write down what an edit must keep."""
     named = _all_named(world.model)
     groups = world.optimizer.param_groups
+    outputs, calls = _watched(world)
     return Before(
         named,
         dict(world.model.named_modules()),
         {name: _kind(tensor) for name, tensor in named.items()},
         frozenset(name for name, tensor in named.items() if _channels_last(tensor)),
         {id(p): number for number, group in enumerate(groups) for p in group["params"]},
-        world.outputs(),
-        _calls(world),
+        outputs,
+        calls,
     )
 
 
@@ -97,11 +98,11 @@ def _channels_last(tensor: Tensor) -> bool:
     )
 
 
-def _calls(world: World) -> dict[str, int]:
-    """How often each module is called in one forward of each mode."""
+def _watched(world: World) -> tuple[dict[bool, list[Tensor]], dict[str, int]]:
+    """Outputs in each mode, and how often each module is called meanwhile."""
     start = {path: counter.calls for path, counter in world.calls.items()}
-    world.outputs()
-    return {path: counter.calls - start[path] for path, counter in world.calls.items()}
+    outputs = world.outputs()
+    return outputs, {path: counter.calls - start[path] for path, counter in world.calls.items()}
 
 
 def _broken(world: World, edit: Edit, law: str, seen: str) -> NoReturn:
@@ -313,7 +314,7 @@ def _pickles(model: nn.Module) -> bool:
 def check_training(world: World, edit: Edit, old: Before) -> None:
     """Five steps: finite, the loss moves, what is new moves, hooks fire with the right shapes."""
     modules = dict(world.model.named_modules())
-    for path, calls in _calls(world).items():
+    for path, calls in _watched(world)[1].items():
         if modules.get(path) is old.modules[path] and calls not in (old.calls[path], 0):
             seen = f"'{path}' {calls} times instead of {old.calls[path]}"
             _broken(world, edit, "forward hooks fire as before", seen)
