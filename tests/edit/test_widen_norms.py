@@ -296,3 +296,28 @@ def test_cross_attention_with_sizes_of_its_own() -> None:
     apply(model, Widen("mix.num_heads", by=1), (X,))
     assert (model.mix.embed_dim, model.mix.num_heads) == (16, 4)
     assert float((outputs(model) - before).abs().max()) <= 1e-10
+
+
+class Tied(nn.Module):
+    """A decoder whose head is its embedding, with or without a norm before it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.places, self.last = nn.Embedding(9, 6), nn.Embedding(5, 6), norm
+        self.norm, self.mlp = nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.places(torch.arange(5))
+        x = x + self.mlp(self.norm(x))
+        return F.linear(self.last(x), self.embed.weight)
+
+
+def test_a_tied_head_needs_a_norm_before_it() -> None:
+    """Else new entries, the mean of the others, would meet columns that are not zero."""
+    ids = torch.arange(10).view(2, 5) % 9
+    assert apply(Tied(nn.LayerNorm(6)), Widen("places", by=2), (ids,)).max_difference < 1e-5
+    bare = Tied(nn.Identity())
+    with pytest.raises(EditError, match="reads them without a norm before it"):
+        apply(bare, Widen("places", by=2), (ids,))
+    apply(bare, Narrow("places", by=2), (ids,))
+    assert bare.embed.weight.shape == (9, 4)

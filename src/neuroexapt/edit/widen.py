@@ -28,6 +28,13 @@ from neuroexapt.edit.patch import (
     query_scalings,
     scales_of,
 )
+from neuroexapt.edit.unfit import (
+    dead_end,
+    literal_epsilon,
+    moved_on_the_way,
+    no_scale,
+    tied_to_a_mean,
+)
 from neuroexapt.errors import EditError
 
 # Norms over a width need other new entries; what they share is a mean that must not move.
@@ -157,17 +164,20 @@ class Widen(Edit):
             return unsplittable(width)
         kinds = {mixer.kind for mixer in width.mixers}
         if not kinds and _is_dead_end(width):
-            return [_dead_end(width)]
+            return [dead_end(width)]
         supported = kinds - {"dot"} in ({"layer_norm"}, {"mean_square"}, set())
+        tied = [p for p in width.appearances if {"producer", "consumer"} <= p.roles]
+        if "layer_norm" in kinds and not all(place.behind_norm for place in tied):
+            return [tied_to_a_mean(width)]
         scaleless = [m for m in width.mixers if m.kind in _NORMS and not scales_of(width, m)]
         if supported and scaleless:
-            return [_no_scale(width, scaleless[0])]
+            return [no_scale(width, scaleless[0])]
         literal = [m for m in width.mixers if m.kind in _NORMS and not m.eps_attribute]
         if supported and literal:
-            return [_literal_epsilon(width, literal[0])]
+            return [literal_epsilon(width, literal[0])]
         moved = [m for m in width.mixers if _moves(m)]
         if supported and moved:
-            return [_moved_on_the_way(width, moved[0])]
+            return [moved_on_the_way(width, moved[0])]
         if supported and all(_dot_is_known(m) for m in width.mixers if m.kind == "dot"):
             return []
         mixer = next((m for m in width.mixers if m.kind not in (*_NORMS, "dot")), width.mixers[-1])
@@ -188,26 +198,6 @@ def _moves(mixer: Mixer) -> bool:
     return mixer.kind == "mean_square" and not mixer.silent
 
 
-def _moved_on_the_way(width: Width, mixer: Mixer) -> EditError:
-    centre = "the mean of their siblings" if mixer.kind == "layer_norm" else "zero"
-    return EditError(
-        width.name,
-        seen=f"a '{mixer.kind}' over this width behind an operator that new entries do not pass "
-        f"as {centre} ({mixer.place})",
-        needed="a width whose new entries leave the norm's statistics alone",
-        next_step="widen another width; Narrow works on this one",
-    )
-
-
-def _literal_epsilon(width: Width, mixer: Mixer) -> EditError:
-    return EditError(
-        width.name,
-        seen=f"a norm over this width whose epsilon is a number in the code ({mixer.place})",
-        needed="an epsilon held by an attribute of the module (self.eps), to shrink with the norm",
-        next_step="keep it in the module, or widen another width; Narrow works on this one",
-    )
-
-
 def _uneven(width: Width, tensors: Mapping[str, Tensor]) -> EditError | None:
     """Behind a scale that differs between units, the mean of the units depends on the data."""
     if not _feeds_itself(width):
@@ -224,28 +214,10 @@ def _uneven(width: Width, tensors: Mapping[str, Tensor]) -> EditError | None:
     return None
 
 
-def _no_scale(width: Width, mixer: Mixer) -> EditError:
-    return EditError(
-        width.name,
-        seen=f"a norm without a scale of its own over this width ({mixer.place})",
-        needed="a scale that can make up for the norm's larger divisor",
-        next_step="give the norm a weight, or widen another width; Narrow works on this one",
-    )
-
-
 def _is_dead_end(width: Width) -> bool:
     """Every maker of the width is tied to a reader: new units would be zero on both sides."""
     makers = [place.roles for place in width.appearances if "producer" in place.roles]
     return bool(makers) and all("consumer" in roles for roles in makers)
-
-
-def _dead_end(width: Width) -> EditError:
-    return EditError(
-        width.name,
-        seen="one weight that both makes and reads the units (tied)",
-        needed="a maker that is not tied, or new units would never get gradient",
-        next_step="untie the weights, or widen another width; Narrow works on this one",
-    )
 
 
 def _dot_is_known(mixer: Mixer) -> bool:
