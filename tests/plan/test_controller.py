@@ -244,6 +244,20 @@ def test_a_width_earns_the_saturated_share_of_a_promised_gain() -> None:
     assert half.loss == pytest.approx(-0.4)
 
 
+def test_what_has_just_grown_is_not_taken_away_for_being_silent() -> None:
+    """New units begin with zero outgoing weights: for five epochs that is no reason to go."""
+    grow = candidate(Widen("fc", by=4), loss=-0.1, parameters=10)
+    running = observed(started(READY, grow), Point(4, 0.3, 0.01))
+    outcome = judge(running, SETTINGS, FREE)
+    assert outcome is not None
+    shrink = candidate(Narrow("fc", to=4), parameters=-500)
+    young, other = outcome[0], candidate(Narrow("fc2", to=4), parameters=-500)
+    assert choose(young, SETTINGS, FREE, [shrink], (1000, 0))[1].candidate is None
+    assert choose(young, SETTINGS, FREE, [shrink, other], (1000, 0))[1].candidate is other
+    old = replace(young, epoch=9)
+    assert choose(old, SETTINGS, FREE, [shrink], (1000, 0))[1].candidate is shrink
+
+
 HALF = candidate(Narrow("fc", to=4), loss=0.1, parameters=-100)
 CURVE = [Point(n, 2.0 - 0.5 * log(n), 0.001, n / 10) for n in (1, 2, 3)]
 

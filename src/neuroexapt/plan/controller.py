@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from math import exp, isfinite, log
 from statistics import fmean
 
+from neuroexapt.edit import Narrow
 from neuroexapt.measure import plateau_slope
 from neuroexapt.plan.budget import Limits, Settings
 from neuroexapt.plan.candidate import Candidate
@@ -20,6 +21,7 @@ from neuroexapt.plan.curve import WANDER, Point, worth_of_speed
 
 _TREND_POINTS = 5  # held-out losses that the expectation is drawn through
 _MAX_CORRECTION = 8.0
+_YOUNG = 5  # epochs in which what has grown is not judged by what it is worth
 # What is left at the end of a run of what an edit does at once, until its own trials tell:
 # most of the loss that removed units cost comes back in further training.
 _LASTING = {"Narrow": 0.3}
@@ -58,6 +60,7 @@ class State:
         failed: per candidate, how often it was rolled back or refused.
         fruitless: decisions in a row that brought nothing.
         pressure: decisions in a row that found a limit exceeded; the price doubles with each.
+        grown: places that grew and were kept, with the epoch after which they did.
         compute_bound: whether the run ends when its computing is used up, so that cheaper steps are
             more steps.
         start_loss: held-out loss of the starting model before training, as far as it was looked at.
@@ -73,6 +76,7 @@ class State:
     failed: Mapping[str, int] = field(default_factory=dict)
     fruitless: int = 0
     pressure: int = 0
+    grown: Mapping[str, int] = field(default_factory=dict)
     compute_bound: bool = False
     start_loss: float | None = None
 
@@ -248,11 +252,27 @@ def share(state: State, limits: Limits, candidate: Candidate) -> float:
     return flops if limits.parameters is None else parameters + flops
 
 
+def is_young(state: State, place: str) -> bool:
+    """Whether a place grew so lately that its new units are worth little yet, having begun silent.
+
+    Example:
+        >>> state = State(1, 1, epoch=7, grown={"fc.out": 5})
+        >>> is_young(state, "fc.out"), is_young(state, "head.out")
+        (True, False)
+    """
+    return any(
+        (place == name or place.startswith(f"{name}.")) and state.epoch - epoch < _YOUNG
+        for name, epoch in state.grown.items()
+    )
+
+
 def _allowed(state: State, limits: Limits, candidate: Candidate, now: tuple[int, int]) -> bool:
     grows = candidate.parameters > 0 or candidate.flops > 0
     after = now[0] + candidate.parameters, now[1] + candidate.flops
     # While a limit is exceeded its price holds growth down; a limit that holds is never broken.
     if grows and limits.excess(*after) > 0 and limits.excess(*now) == 0:
+        return False
+    if any(isinstance(e, Narrow) and is_young(state, e.place) for e in candidate.edits):
         return False
     return state.failed.get(candidate.key, 0) < _TRIES
 
@@ -340,7 +360,12 @@ def _ended(state: State, trial: Running, realised: float, kept: bool) -> State:
         correction={**state.correction, candidate.kind: _corrected(state, trial, realised)},
         failed=failed,
         fruitless=0 if kept else state.fruitless + 1,
+        grown={**state.grown, **(_growing(candidate, state.epoch) if kept else {})},
     )
+
+
+def _growing(candidate: Candidate, epoch: int) -> dict[str, int]:
+    return {e.place: epoch for e in candidate.edits} if candidate.parameters > 0 else {}
 
 
 def _correction(state: State, kind: str) -> float:

@@ -16,6 +16,7 @@ from neuroexapt.plan import (
     Verdict,
     bearable,
     choose,
+    is_young,
     judge,
     refused,
     settled,
@@ -114,6 +115,7 @@ class Changes:
             tuple(scene.recent),
             allowance.places,
             self.judge.kept,
+            frozenset(name for name in scene.axes().widths if is_young(self.state, name)),
         )
 
     def _try(self, decision: Decision, candidate: Candidate, now: tuple[int, int]) -> bool:

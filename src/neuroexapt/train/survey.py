@@ -69,6 +69,7 @@ class Surveyor:
         recent: batches it was trained on lately; none if the caller gave none.
         places: how many places of growth are measured, the most saturated ones.
         judged: the held-out loss of the model as it is, if it was measured already.
+        young: widths that grew lately, and are left out where several shrink together.
     """
 
     model: nn.Module
@@ -81,6 +82,7 @@ class Surveyor:
     recent: Sequence[Batch] = ()
     places: int | None = None
     judged: HoldoutScore | None = None
+    young: frozenset[str] = frozenset()
     _per_unit: dict[str, float] = field(default_factory=dict)
 
     def take(self) -> Survey:
@@ -143,6 +145,7 @@ class Surveyor:
     def _squeezes(self, widths: Sequence[WidthSurvey], flops: int) -> Iterator[SqueezeOption]:
         """Several widths at once, in steps of what they would save."""
         now = self._parameters({})
+        widths = [width for width in widths if width.name not in self.young]
         costs = {
             width.name: (now - self._parameters({width.name: width.size - 1})) / now
             + self._unit_flops(self.axes.widths[width.name], flops) / max(1, flops)
