@@ -62,6 +62,8 @@ def _after(site: Site, op: str, axis: Axis) -> Entry:
         return Entry()  # it never gets new entries
     # A mask of dropout stands for its mean, which is the same everywhere.
     given = [ref for ref in site.call.inputs if ref not in site.draft.chance]
+    if op in _CONTRACTIONS:
+        return _contracted(site, op, axis)
     sharing = [ref for ref in given if _has(site, ref, axis)]
     data = [ref for ref in sharing if not site.is_weight(ref)]
     before = joined(site.entry_of(ref, axis) for ref in data)
@@ -73,8 +75,6 @@ def _after(site: Site, op: str, axis: Axis) -> Entry:
     if op in _LINEAR:
         shifted = op in ("add", "sub") and not isinstance(site.arg(1, "other"), TensorRef)
         return Entry(before.mean, before.zero and not shifted, before.taken and sharing == data)
-    if op in _CONTRACTIONS:
-        return Entry(LOST if len(data) > 1 else before.mean, _any_zero(site, data, axis))
     if "scaled_dot_product" in op:
         return _attended(site, data, axis)
     if op == "convolution":
@@ -83,6 +83,30 @@ def _after(site: Site, op: str, axis: Axis) -> Entry:
         zero = site.arg(3, "bias") is None and before.zero
         return Entry(max(before.mean, POSTED), zero, taken=before.mean == KEPT)
     return Entry(LOST, before.zero and op in _KEEP_ZERO)
+
+
+def _contracted(site: Site, op: str, axis: Axis) -> Entry:
+    """What the dimensions that a product keeps of its data have become; those it adds up are gone.
+
+    They may be one width: a square layer makes the units that it reads.
+    """
+    operands = site.call.inputs[:2] if op in ("linear", "mv") else site.call.inputs[-2:]
+    gone = {operands[0]: -1, operands[1]: {"linear": -1, "mv": 0}.get(op, -2)}
+    found = []
+    for ref in site.call.inputs:
+        dims = site.dims(ref)
+        summed = gone[ref] % len(dims) if ref in gone else None
+        states = site.draft.entries.get(ref, [Entry()] * len(dims))
+        kept = [
+            s
+            for n, (own, s) in enumerate(zip(dims, states, strict=True))
+            if n != summed and share(own, axis)
+        ]
+        if kept and not site.is_weight(ref) and ref not in site.draft.chance:
+            found.append(joined(kept))
+    return Entry(
+        LOST if len(found) > 1 else joined(found).mean, not found or any(s.zero for s in found)
+    )
 
 
 def _attended(site: Site, data: list[TensorRef], axis: Axis) -> Entry:
