@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from neuroexapt import InsertResidual, Narrow, Widen, apply
+from neuroexapt import (
+    AddRegularization,
+    InsertAttention,
+    InsertConv,
+    InsertPool,
+    InsertResidual,
+    Narrow,
+    Widen,
+    apply,
+)
 from neuroexapt.edit.hold import Hold
 from neuroexapt.errors import EditError, UnknownPlaceError
 from neuroexapt.testing import changes, snapshot
@@ -288,3 +297,16 @@ def test_ends_that_do_not_run_once_and_in_order_are_refused(
         apply(model, edit, (x,))
     assert not changes(before, snapshot(model))
     apply(model, InsertResidual("early", to="late"), (x,))
+
+
+@pytest.mark.parametrize(
+    "edit", [InsertConv, InsertPool, InsertAttention, InsertResidual, AddRegularization]
+)
+def test_nothing_is_inserted_where_it_would_do_nothing(edit: Any) -> None:
+    """What keeps a skip's input puts out what nobody reads."""
+    net, x = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3))), torch.randn(2, 4, 6, 6)
+    apply(net, InsertResidual("0", to="2"), (x,))
+    before = snapshot(net)
+    with pytest.raises(EditError, match="the beginning of a skip"):
+        apply(net, edit("0.nx_hold"), (x,))
+    assert not changes(before, snapshot(net))

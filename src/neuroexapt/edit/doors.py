@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neuroexapt.couple import AxisMap, Expr, leaves, size_of
+from neuroexapt.edit.graft import HOLD
 from neuroexapt.errors import EditError
 
 ROOT = "the whole model"  # how messages call the place ""
@@ -28,12 +29,12 @@ class Door:
         return self.sizes[self.channel + 1 :]
 
 
-def door_of(axes: AxisMap, path: str, end: str) -> Door:
-    """The tensor that enters or leaves a module.
+def check_module(axes: AxisMap, path: str) -> None:
+    """Refuse what is no module of which something could be done.
 
     Raises:
         UnknownPlaceError: no such module; near names are suggested.
-        EditError: several tensors enter or leave, or no dimension holds channels.
+        EditError: a width's name, or the beginning of a skip, whose output nobody reads.
     """
     if path not in axes.modules:
         axes.find(path)  # raises with near names
@@ -43,6 +44,24 @@ def door_of(axes: AxisMap, path: str, end: str) -> Door:
             needed="a module path",
             next_step="name the module that makes it",
         )
+    if path.rpartition(".")[2].startswith(HOLD):
+        raise EditError(
+            path,
+            seen="the beginning of a skip, whose output nobody reads",
+            needed="a module that does something",
+            next_step=f"name '{path.rpartition('.')[0]}', whose input it keeps",
+        )
+
+
+def door_of(axes: AxisMap, path: str, end: str) -> Door:
+    """The tensor that enters or leaves a module.
+
+    Raises:
+        UnknownPlaceError: no such module; near names are suggested.
+        EditError: several tensors enter or leave, or no dimension holds channels; or as
+            :func:`check_module` says.
+    """
+    check_module(axes, path)
     module = axes.modules[path]
     tensors = module.inputs if end == "input" else module.outputs
     if len(tensors) != 1:

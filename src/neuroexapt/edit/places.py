@@ -9,7 +9,7 @@ import torch
 from neuroexapt.capture import Call, TensorRef
 from neuroexapt.capture.trace import ModuleRun
 from neuroexapt.couple import AxisMap, Expr, leaves, size_of
-from neuroexapt.edit.doors import ROOT, Door, channel_dim, neighbour
+from neuroexapt.edit.doors import ROOT, Door, channel_dim, check_module, neighbour
 from neuroexapt.errors import EditError
 
 
@@ -42,16 +42,9 @@ def runs_of(axes: AxisMap, path: str) -> list[ModuleRun]:
 
     Raises:
         UnknownPlaceError: no such module, or it is not called; near names are suggested.
-        EditError: a width's name.
+        EditError: as :func:`check_module` says.
     """
-    if path not in axes.modules:
-        axes.find(path)  # raises with near names
-        raise EditError(
-            path or ROOT,
-            seen="a width",
-            needed="a module path",
-            next_step="name the module that makes it",
-        )
+    check_module(axes, path)
     return [run for trace in axes.traces for run in trace.runs if run.path == path]
 
 
