@@ -85,10 +85,6 @@ class Surveyor:
     young: frozenset[str] = frozenset()
     _per_unit: dict[str, float] = field(default_factory=dict)
 
-    def take(self) -> Survey:
-        """The survey of this moment, everything at once."""
-        return self.grown(self.sized(self.fitted()))
-
     def fitted(self) -> Survey:
         """How training and held-out data are fitted, if the caller gave training batches."""
         fitting = self._fitting() if self.recent else None
