@@ -35,7 +35,8 @@ from neuroexapt.guard import Transaction, Trial
 from neuroexapt.guard.memory import available, forecast, in_use, ran_out
 from neuroexapt.measure import tensor_bytes
 from neuroexapt.testing import changes, snapshot
-from neuroexapt.train import Epoch, changes
+from neuroexapt.train import Epoch
+from neuroexapt.train import changes as deciding
 from neuroexapt.train.survey import Surveyor
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -316,7 +317,7 @@ def fails_once(real: Any, at: int) -> Any:
 PLACES: dict[str, tuple[Any, str]] = {
     "the edit": (TRANSACTION, "verify"),
     "the survey": (Surveyor, "sized"),
-    "the first check": (changes, "bearable"),
+    "the first check": (deciding, "bearable"),
 }
 
 
