@@ -110,8 +110,8 @@ TAIL = """
   peak is that of the starting network: it falls only for who starts small.
 - Processor seconds are not FLOPs: small layers reach fewer FLOPs a second.
 - What falls short, with the first four seeds: on CIFAR-10 the controller does not beat the rule
-  "save the most FLOPs that the first check lets pass" (67.8 against 68.5), and its final network is
-  still better when it is known from the start (+1.5). On seed 4 it narrowed one layer, and the share
-  of the run that measuring may use was then spent. The other tasks were not run to the end.
+  "save the most FLOPs that the first check lets pass" (67.8 against 68.5), and its final network
+  is still better when it is known from the start (+1.5). On seed 4 it narrowed one layer, and the
+  share of the run that measuring may use was then spent. The other tasks were not run to the end.
 - The rules were made while looking at CIFAR-10 with seeds 0, 1 and 2, test scores included; seeds
   from 3 on decided nothing."""
