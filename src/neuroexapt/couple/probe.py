@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from neuroexapt.capture import Call, RunFailure, Trace, capture
 from neuroexapt.capture.attributes import Attribute
+from neuroexapt.capture.trace import same_computation
 from neuroexapt.couple import axis as algebra
 from neuroexapt.couple.axis import Axis, find
 from neuroexapt.couple.marks import Bind
@@ -57,6 +59,11 @@ class Prober:
     runs: int = 0
     sizes: Mapping[Axis, int] = field(default_factory=dict)
 
+    @cached_property
+    def unlike(self) -> tuple[Trace, ...]:
+        """The runs that differ: where both modes are one computation, one of them tells of both."""
+        return self.traces[:1] if same_computation(self.traces) else self.traces
+
     def settle(self) -> None:
         """Bind attributes and pin widths until a run with all free widths resized agrees."""
         while self.free_atoms():
@@ -94,7 +101,7 @@ class Prober:
         sizes.update((atom, sizes.get(other, other.size)) for atom, other in (alike or {}).items())
         shapes = self._shapes(sizes)
         values = attribute_values([*self.draft.binds, *binds], sizes)
-        for number, trace in enumerate(self.traces):
+        for number, trace in enumerate(self.unlike):
             conflict = self._compare(number, trace, shapes, values, sizes)
             if conflict is not None:
                 return conflict
