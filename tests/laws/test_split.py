@@ -87,7 +87,8 @@ def test_copies_are_equal_and_their_readers_add_up(kind: str) -> None:
         for place in width.appearances:
             if place.tensor not in axes.parameters:
                 continue
-            before, now = old.get_parameter(place.tensor), model.get_parameter(place.tensor)
+            before = old.get_parameter(place.tensor).detach()
+            now = model.get_parameter(place.tensor).detach()
             units = torch.from_numpy(unit_of(after.tensors[place.tensor][place.dim], name))
             first, second = (
                 now.index_select(place.dim, torch.nonzero(half).flatten())
