@@ -156,13 +156,13 @@ def test_causal_attention_without_a_place_in_the_cache_is_refused() -> None:
     assert "InsertLayer(kind='copy')" in problem.next_step
 
 
-def agrees_with_its_cache(model: Any, atol: float = 1e-9) -> None:
+def agrees_with_its_cache(model: Any) -> None:
     """What is silent gets weights; then generation is the same with a cache and without."""
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
     with_cache, without = (generated(model, use_cache=use) for use in (True, False))
-    torch.testing.assert_close(with_cache, without, rtol=0, atol=atol)
+    torch.testing.assert_close(with_cache, without, rtol=0, atol=1e-9)
 
 
 # Blocks and parts of them that go (R) and are copied (C), in this order.

@@ -10,7 +10,6 @@ from math import prod
 from neuroexapt.capture import Call, TensorRef
 from neuroexapt.capture.flops import batch_of, flops_of_call
 from neuroexapt.couple import AxisMap, size_of
-from neuroexapt.edit.graft import is_branch
 
 # A weight under these is the same numbers in another order or precision.
 _SAME = {
@@ -43,17 +42,15 @@ class Amounts:
         """The number of entries of one tensor."""
         return prod(size_of(expr, sizes) for expr in self.axes.tensors[name])
 
-    def flops(self, sizes: Mapping[str, int], inside: str = "") -> int:
-        """FLOPs of one sample's forward, or of a module in it without what stands behind that.
+    def flops(self, sizes: Mapping[str, int]) -> int:
+        """FLOPs of one sample's forward.
 
         Exact for products with a weight. A product of two activations (attention) is taken to
         grow with the square of the largest growth of a width, which is never too little.
         """
         largest = max([1.0, *(n / self.axes.widths[name].size for name, n in sizes.items())])
         total = 0.0
-        for now, weight, module in self._products:
-            if inside and not is_within(module, inside):
-                continue
+        for now, weight in self._products:
             if weight is None:
                 total += now * largest**2
             else:
@@ -61,8 +58,8 @@ class Amounts:
         return round(total / batch_of(self.axes.traces[0]))
 
     @cached_property
-    def _products(self) -> tuple[tuple[int, str | None, str], ...]:
-        """FLOPs of each call that has some, the weight it reads, and the module it is made in."""
+    def _products(self) -> tuple[tuple[int, str | None], ...]:
+        """FLOPs of each call that has some, and the weight it reads."""
         trace = self.axes.traces[0]
         named: dict[TensorRef, str] = {}
         for name, ref in trace.tensors.items():
@@ -74,14 +71,8 @@ class Amounts:
                 named.setdefault(call.outputs[0], named[call.inputs[0]])
             flops = flops_of_call(call)
             if flops:
-                found.append((flops, _weight(call, named), call.module))
+                found.append((flops, _weight(call, named)))
         return tuple(found)
-
-
-def is_within(name: str, path: str) -> bool:
-    """Whether a module or tensor is a module's own, and was not inserted behind it."""
-    inner = name.removeprefix(f"{path}.")
-    return name == path or (inner != name and not is_branch(inner))
 
 
 def _weight(call: Call, named: Mapping[TensorRef, str]) -> str | None:

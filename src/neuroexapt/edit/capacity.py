@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, replace
+from math import isfinite, prod
 from numbers import Integral, Real
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from neuroexapt.couple import AxisMap, Expr, Product, leaves
+from neuroexapt.capture.flops import batch_of
+from neuroexapt.couple import AxisMap, Expr, Product, leaves, size_of
 from neuroexapt.edit.amount import Amounts
 from neuroexapt.edit.base import Edit
-from neuroexapt.edit.deepen import Place, block_copies, deepened, new_layers
+from neuroexapt.edit.branches import Spec
 from neuroexapt.edit.doors import ROOT
-from neuroexapt.edit.graft import NEXT
-from neuroexapt.edit.patch import Patch
+from neuroexapt.edit.insert import ConvSpec, InsertConv
+from neuroexapt.edit.layer import InsertLayer, MlpSpec
+from neuroexapt.edit.patch import Insertion, Patch
+from neuroexapt.edit.places import output_of
 from neuroexapt.edit.widen import stiff, widened
 from neuroexapt.errors import EditError
+
+_ACTIVATIONS = {
+    *("ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "CELU", "SELU", "GELU", "SiLU", "Mish"),
+    *("Hardswish", "Tanh", "Sigmoid", "Softplus"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a new layer can stand: an insertion, and what its number of channels is made of."""
+
+    insertion: Insertion
+    channels: Expr
+    positions: int
+
+    def sized(self, sizes: Mapping[str, int], seed: int) -> Insertion:
+        """The insertion for other sizes of the widths."""
+        spec, channels = self.insertion.spec, size_of(self.channels, sizes)
+        if isinstance(spec, ConvSpec):
+            return replace(self.insertion, spec=replace(spec, channels=channels, seed=seed))
+        assert isinstance(spec, MlpSpec)
+        spec = replace(spec, features=channels, hidden=channels, seed=seed)
+        return replace(self.insertion, spec=spec)
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A model's sizes after growing: those of its widths, and where its new layers stand."""
+    """A model's sizes after growing: those of its widths, and its new layers."""
 
     sizes: Mapping[str, int]
-    places: tuple[Place, ...]
+    insertions: tuple[Insertion, ...]
     parameters: int
     flops: int
 
@@ -37,11 +65,9 @@ class IncreaseCapacity(Edit):
     One number says how much, as in EfficientNet: with ``depth=0.5`` half of the growth (on a
     logarithmic scale) goes into new layers and half into wider ones. All widths that can grow
     exactly grow by one ratio; of several that make up one dimension (heads and their size) only
-    one does. A model of blocks in a list (of a transformer, a ResNet) gets copies of its blocks,
-    spread evenly, each behind its own and silent at first as with ``InsertLayer(kind="copy")``.
-    Other models, and those for which a block is too large a step, get zero-gated residual
-    convolutions, or residual MLPs where features come last, behind blocks and activations. Which
-    sizes fit is found by a search over the map: arithmetic, nothing is run.
+    one does. New layers are zero-gated residual convolutions, or residual MLPs where features
+    come last, spread evenly behind blocks and activations. Which sizes fit is found by a search
+    over the map: arithmetic, nothing is run.
 
     Promise: exact. Parameters come out within ``tolerance`` of ``factor`` times those before,
     and never above a limit; otherwise the edit is refused with the nearest that can be reached.
@@ -70,7 +96,7 @@ class IncreaseCapacity(Edit):
         True
 
     Tan and Le 2019 (EfficientNet) for compound scaling; Chen et al. 2016 (Net2Net) for growing
-    a trained network; Gong et al. 2019 (stacking) and Wu et al. 2024 (LLaMA Pro) for copies.
+    a trained network.
     """
 
     factor: float
@@ -108,15 +134,12 @@ class IncreaseCapacity(Edit):
         before = Amounts(axes).parameters({})
         ratios = [n / axes.widths[name].size for name, n in found.sizes.items()]
         wider = f"{len(ratios)} widths by {min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
-        insertions, counts = deepened(axes, found.places, found.sizes, self.seed)
-        what = "copies of blocks" if any(one.child == NEXT for one in insertions) else "new layers"
-        deeper = f"{len(insertions)} {what}" if insertions else ""
+        deeper = f"{len(found.insertions)} new layers" if found.insertions else ""
         text = (
             f"grow from {before:,} to {found.parameters:,} parameters: "
             f"{', '.join(filter(None, (wider, deeper)))}"
         )
-        attributes = (*attributes, *counts)
-        return Patch(self, "exact", text, steps, attributes=attributes, insertions=insertions)
+        return Patch(self, "exact", text, steps, attributes=attributes, insertions=found.insertions)
 
     def _wrong_numbers(self) -> list[EditError]:
         numbers = (
@@ -151,19 +174,23 @@ class IncreaseCapacity(Edit):
             EditError: there are none.
         """
         amounts, widths = Amounts(axes), _widths(axes, tensors)
-        copies = block_copies(axes) if self.depth > 0 else ()
-        layers = new_layers(axes) if self.depth > 0 else ()
-        if not widths and not copies and not layers:
+        places = list(_places(axes)) if self.depth > 0 else []
+        if not widths and not places:
             raise EditError(
                 ROOT,
                 seen="no width that can grow exactly, and no place for a new layer",
                 needed="one of them",
                 next_step="see `map_axes(...).widths`, and why Widen refuses them",
             )
-        target = self.factor * amounts.parameters({})
+        before = amounts.parameters({})
+        target = self.factor * before
+        wanted = round(_layers(axes) * (self.factor**self.depth - 1)) if places else 0
+        if self.depth > 0 and places:
+            wanted = max(1, wanted)
+        most = 2 * wanted + 1 if widths else _MOST_LAYERS
         best: Growth | None = None
-        for places in self._choices(amounts, copies, layers, bool(widths)):
-            found = self._grown(_Search(amounts, widths, places), target)
+        for count in sorted(range(most + 1 if places else 1), key=lambda n: abs(n - wanted)):
+            found = self._grown(_Search(amounts, widths, _spread(places, count), self.seed), target)
             if found is None:
                 continue
             if abs(found.parameters - target) <= self.tolerance * target:
@@ -171,21 +198,6 @@ class IncreaseCapacity(Edit):
             if best is None or abs(found.parameters - target) < abs(best.parameters - target):
                 best = found
         raise self._unmet(amounts, best, target)
-
-    def _choices(
-        self, amounts: Amounts, copies: Sequence[Place], layers: Sequence[Place], wider: bool
-    ) -> Iterator[Sequence[Place]]:
-        """New depth in the order of preference: copies of blocks, nearest to the depth asked for
-        first; then new layers, which come in smaller steps; none where only widths can grow."""
-        deeper = self.factor**self.depth - 1
-        ratio = amounts.parameters({}) / max(1, sum(one.parameters(amounts, {}) for one in copies))
-        blocks = min(_MOST_COPIES, ratio * deeper) * len(copies)
-        for places, new, least in ((copies, blocks, 1), (layers, _layers(amounts) * deeper, 0)):
-            wanted = max(1, round(new)) if places else 0
-            most = 2 * wanted + 1 if wider else _MOST_LAYERS
-            counts = range(least, most + 1 if places else 1)
-            for count in sorted(counts, key=lambda n: abs(n - wanted)):
-                yield _spread(places, count)
 
     def _grown(self, search: _Search, target: float) -> Growth | None:
         """The widest that fits, or None where the new layers alone are too much."""
@@ -209,7 +221,7 @@ class IncreaseCapacity(Edit):
         for larger in search.one_more(found):
             if fits(larger) and abs(larger.parameters - target) < abs(found.parameters - target):
                 return larger
-        return found if found.sizes or found.places else None
+        return found if found.sizes or found.insertions else None
 
     def _unmet(self, amounts: Amounts, best: Growth | None, target: float) -> EditError:
         before, limits = amounts.parameters({}), []
@@ -229,7 +241,6 @@ class IncreaseCapacity(Edit):
 
 
 _HALVINGS = 24
-_MOST_COPIES = 4  # of each block, on average
 _MOST_LAYERS = 64  # tried where no width can make up the rest
 
 
@@ -240,6 +251,7 @@ class _Search:
     amounts: Amounts
     widths: tuple[str, ...]
     places: Sequence[Place]
+    seed: int
 
     def at(self, ratio: float) -> Growth:
         """Every width times a ratio, rounded to what its kernels take."""
@@ -262,22 +274,36 @@ class _Search:
         yield from sorted(grown, key=lambda one: -one.parameters)
 
     def _growth(self, sizes: Mapping[str, int]) -> Growth:
+        insertions = tuple(
+            place.sized(sizes, self.seed + number) for number, place in enumerate(self.places)
+        )
         parameters, flops = self.amounts.parameters(sizes), self.amounts.flops(sizes)
-        for place in self.places:
-            parameters += place.parameters(self.amounts, sizes)
-            flops += place.flops(self.amounts, sizes)
-        return Growth(sizes, tuple(self.places), parameters, flops)
+        batch = batch_of(self.amounts.axes.traces[0])
+        for place, insertion in zip(self.places, insertions, strict=True):
+            shapes = _shapes(replace(insertion.spec, seed=0))
+            parameters += sum(prod(shape) for shape in shapes)
+            weights = sum(prod(shape) for shape in shapes if len(shape) > 1)
+            flops += 2 * weights * place.positions // batch
+        return Growth(sizes, insertions, parameters, flops)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes(spec: Spec) -> tuple[torch.Size, ...]:
+    """Of the parameters that will be made; none of them is."""
+    with torch.device("meta"):
+        made = spec.make(nn.Identity())
+    return tuple(parameter.shape for parameter in made.parameters())
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
 
 
-def _layers(amounts: Amounts) -> int:
+def _layers(axes: AxisMap) -> int:
     """How many weights make a width: the depth that new layers add to."""
     makers = {
         place.tensor
-        for width in amounts.axes.widths.values()
+        for width in axes.widths.values()
         for place in width.appearances
         if "producer" in place.roles
     }
@@ -315,6 +341,44 @@ def _products(expr: Expr) -> Iterator[Product]:
         yield expr
     for part in getattr(expr, "parts", ()):
         yield from _products(part)
+
+
+def _places(axes: AxisMap) -> Iterator[Place]:
+    """Behind blocks that hold several layers, else behind activations and single layers."""
+    once = [
+        path
+        for path in axes.modules
+        if path and all([r.path for r in t.runs].count(path) == 1 for t in axes.traces)
+    ]
+    blocks = [path for path in once if _is_block(axes, path)]
+    inner = [path for path in blocks if not any(p.startswith(f"{path}.") for p in blocks)]
+    active = [path for path in once if axes.kinds.get(path) in _ACTIVATIONS]
+    for paths in (inner, active, once):
+        found = [place for path in paths if (place := _place(axes, path)) is not None]
+        if found:
+            yield from found
+            return
+
+
+def _is_block(axes: AxisMap, path: str) -> bool:
+    """A module that stands in a list, holds two layers or more, and hands on what it was given."""
+    last = path.rpartition(".")[2]
+    weights = [n for n in axes.parameters if n.startswith(f"{path}.") and len(axes.tensors[n]) > 1]
+    doors = axes.modules[path]
+    same = bool(doors.inputs and doors.outputs) and doors.inputs[0] == doors.outputs[0]
+    return last.isdigit() and len(weights) > 1 and same
+
+
+def _place(axes: AxisMap, path: str) -> Place | None:
+    for edit in (InsertConv(path), InsertLayer(path)):
+        if not edit.check(axes):
+            output = output_of(axes, path)
+            channels = output.dims[output.channel]
+            if any(leaf.name in axes.widths for leaf in leaves(channels)):
+                insertion = edit.plan(axes, {}).insertions[0]
+                positions = prod(output.sizes) // output.channels
+                return Place(insertion, channels, positions)
+    return None
 
 
 def _spread(places: Sequence[Place], count: int) -> list[Place]:

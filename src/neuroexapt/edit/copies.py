@@ -59,7 +59,6 @@ class CopySpec(Spec):
         spatial: dimensions behind them.
         dtype: that of the gate, where it is not what the block's first parameter is.
         numbers: attributes of its modules, by path in it and name, with the value they get.
-        shapes: of its tensors, by name, where the block is resized before it is copied.
     """
 
     source: str
@@ -68,7 +67,6 @@ class CopySpec(Spec):
     spatial: int
     dtype: torch.dtype | None = None
     numbers: tuple[tuple[str, str, int], ...] = ()
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     fresh: ClassVar[bool] = False
 
     def make(self, model: nn.Module) -> nn.Module:
@@ -101,11 +99,7 @@ class CopySpec(Spec):
             *((name, p) for name, p in block.named_parameters() if not is_branch(name)),
             *((name, b) for name, b in block.named_buffers() if not is_branch(name)),
         ]
-        shapes, made = dict(self.shapes), list[Tensor]()
-        for name, t in held:
-            twin = torch.empty(shapes.get(name, t.shape), dtype=t.dtype, device="meta")
-            made.append(twin.requires_grad_(t.requires_grad))
-        return made
+        return [torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for _, t in held]
 
     def origin(self, name: str) -> str | None:
         own = name if self.silent else name.removeprefix(f"{BLOCK}.")

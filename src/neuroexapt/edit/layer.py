@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -115,15 +115,23 @@ class InsertLayer(Edit):
             mlp = Insertion(self.after, AFTER, spec, beside, dtype=output.dtype)
             text = f"add a linear residual branch after '{self.after}'"
             return Patch(self, "exact", text, insertions=(mlp,))
-        (twin,), attributes = copies_of(axes, (self.after,))
-        silent = copy_spec(axes, self.after).silent
+        silent = tuple(sorted(silenced(axes, self.after) or ()))
+        numbers, attributes = _renumbered(axes, self.after)
+        twin = CopySpec(
+            source=self.after,
+            silent=silent,
+            channels=output.channels,
+            spatial=len(output.space),
+            dtype=output.dtype,
+            numbers=numbers,
+        )
         way = f"{', '.join(silent)} zero in it" if silent else "a gate closed around it"
         return Patch(
             self,
             "exact",
             f"add a copy of '{self.after}' behind it, {way}",
             attributes=attributes,
-            insertions=(twin,),
+            insertions=(Insertion(self.after, NEXT, twin, beside),),
         )
 
     def _wrong_options(self) -> list[EditError]:
@@ -193,53 +201,26 @@ class InsertLayer(Edit):
         return EditError(self.after or ROOT, seen=seen, needed=needed, next_step=next_step)
 
 
-def copy_spec(axes: AxisMap, path: str) -> CopySpec:
-    """A copy of a block that hands on its input; its layers have no numbers of their own yet."""
-    output = output_of(axes, path)
-    return CopySpec(
-        source=path,
-        silent=tuple(sorted(silenced(axes, path) or ())),
-        channels=output.channels,
-        spatial=len(output.space),
-        dtype=output.dtype,
-    )
-
-
-def copies_of(
-    axes: AxisMap, paths: Sequence[str]
-) -> tuple[tuple[Insertion, ...], tuple[AttributeEdit, ...]]:
-    """Copies of blocks, each behind its own, with free numbers; and the configs' counts of them."""
-    edits: dict[tuple[str, str], AttributeEdit] = {}
-    last = {(stack.container, stack.name): stack.last for stack in axes.stacks}
-    made = []
-    for path in paths:
-        spec = replace(copy_spec(axes, path), numbers=_renumbered(axes, path, last, edits))
-        made.append(Insertion(path, NEXT, spec, neighbour(axes, path)))
-    return tuple(made), tuple(edits.values())
-
-
 def _renumbered(
-    axes: AxisMap,
-    path: str,
-    last: dict[tuple[str, str], int],
-    edits: dict[tuple[str, str], AttributeEdit],
-) -> tuple[tuple[str, str, int], ...]:
-    """The numbers of a copied block's layers; what is in use and what configs say goes along."""
+    axes: AxisMap, path: str
+) -> tuple[tuple[tuple[str, str, int], ...], tuple[AttributeEdit, ...]]:
+    """The numbers of a copied block's layers, and the config's count of them."""
     numbers: list[tuple[str, str, int]] = []
+    edits: dict[tuple[str, str], AttributeEdit] = {}
     for stack in axes.stacks:
         own = _own_numbers(stack, path)
         if not own or not stack.continues(path):
             continue
         alike = [other for other in axes.stacks if other.name == stack.name]
         pool = counted_with(axes.stacks, stack) if stack.holds(path) else alike
-        free = 1 + max(last[other.container, other.name] for other in pool)
+        free = 1 + max(other.last for other in pool)
         layers = _by_layer(own)
         numbers += [(inner, name, free + layer) for layer, (inner, name, _) in layers]
-        last[stack.container, stack.name] = free + max(layer for layer, _ in layers)
         if stack.holds(path):
             added = {layer: value for layer, (_, _, value) in reversed(layers)}
-            _count(stack, [added[layer] for layer in sorted(added)], edits)
-    return tuple(numbers)
+            for edit in _counted(stack, [added[layer] for layer in sorted(added)]):
+                edits[edit.module, edit.name] = edit
+    return tuple(numbers), tuple(edits.values())
 
 
 def _by_layer(
@@ -270,14 +251,11 @@ def _own_numbers(stack: Stack, path: str) -> list[tuple[str, str, int]]:
     return found
 
 
-def _count(stack: Stack, added: list[int], edits: dict[tuple[str, str], AttributeEdit]) -> None:
-    """The config's numbers and lists get as many layers more."""
-    for at in stack.totals:
-        held = edits.get((at.module, at.name))
-        total = (stack.count if held is None else held.value) + len(added)
-        edits[at.module, at.name] = AttributeEdit(at.module, at.name, total)
+def _counted(stack: Stack, added: list[int]) -> list[AttributeEdit]:
+    """The config's numbers and lists with as many layers more."""
+    totals = [AttributeEdit(at.module, at.name, stack.count + len(added)) for at in stack.totals]
+    tables = []
     for at, entries in stack.tables:
-        held = edits.get((at.module, at.name))
         further: list[Any] = [entries[value - stack.first] for value in added]
-        table = type(entries)([*(entries if held is None else held.value), *further])
-        edits[at.module, at.name] = AttributeEdit(at.module, at.name, table)
+        tables.append(AttributeEdit(at.module, at.name, type(entries)([*entries, *further])))
+    return [*totals, *tables]
