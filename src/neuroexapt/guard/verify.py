@@ -351,7 +351,8 @@ def _check_gradients(after: Behaviour, leaves: Mapping[str, Tensor]) -> None:
     if not after.graph or not all(out.isfinite().all() for out in outputs):
         return  # what was not finite before is not for this edit to answer
     # Not squared: a mask of the smallest number in the outputs would overflow.
-    loss = torch.stack([leaf.double().mean() for leaf in after.graph]).sum()
+    with torch.enable_grad():  # the caller may have turned gradients off
+        loss = torch.stack([leaf.double().mean() for leaf in after.graph]).sum()
     grads = _gradients(loss, list(leaves.values()))
     for name, grad in zip(leaves, grads, strict=True):
         if grad is not None and not grad.isfinite().all():
