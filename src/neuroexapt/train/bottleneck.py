@@ -51,6 +51,7 @@ def read_squeezes(
 
     Example:
         >>> import torch
+        >>> seeded = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> batches = [torch.randn(64, 8) for _ in range(4)]
         >>> readings = read_squeezes(net, lambda m, x: m(x).square().mean(), batches, (batches[0],))
